@@ -1,0 +1,1 @@
+"""Configuration as frozen values, and their composition from Hydra groups."""

@@ -1,0 +1,151 @@
+"""How one model is cut over ranks: the `parallel` group. Sizes carry Megatron's abbreviations; ranks its order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mbfn.errors import ConfigError, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of every parallel dimension. A run uses `pp * tp * cp * dp` ranks, ordered tp fastest, then cp, dp, pp."""
+
+    tp: int = 1  # tensor parallel
+    pp: int = 1  # pipeline stages
+    vpp: int = 1  # virtual stages (model chunks) a pipeline stage holds, interleaved
+    cp: int = 1  # context parallel: the sequence
+    ep: int = 1  # expert parallel
+    etp: int = 1  # tensor parallel inside an expert
+    dp: int = 1  # data parallel replicas
+    sequence_parallel: bool = False  # cut norms and dropout along the sequence over tp
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False  # the embedding counts as one layer of the first stage
+    account_for_loss_in_pipeline_split: bool = False  # the output layer counts as one layer of the last stage
+
+    def __post_init__(self) -> None:
+        problems: list[tuple[str, str]] = []
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"):
+            size = getattr(self, name)
+            require(size >= 1, name, f"a parallel size starts at 1, got {size}", problems)
+        require(
+            self.vpp == 1 or self.pp > 1, "vpp", f"vpp={self.vpp} interleaves pipeline stages: set pp > 1", problems
+        )
+        require(
+            not self.sequence_parallel or self.tp > 1, "sequence_parallel", "needs tp > 1; set it to false", problems
+        )
+        uneven = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        counted = self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split
+        require(
+            not (counted and any(n is not None for n in uneven)),
+            "account_for_embedding_in_pipeline_split",
+            "give either the stage sizes (num_layers_in_...) or account_for_..., not both",
+            problems,
+        )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def min_world_size(self) -> int:
+        """The fewest ranks that the layout runs on."""
+        return self.pp * math.lcm(self.tp * self.cp, self.etp * self.ep)
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of this layout with its data-parallel replicas."""
+        return self.pp * math.lcm(self.tp * self.cp * self.dp, self.etp * self.ep)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the dense weights; more than `dp` where expert parallelism needs more ranks."""
+        return self.world_size // (self.pp * self.tp * self.cp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankCoordinates:
+    """Where a global rank stands on every parallel axis."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+    etp: int
+
+
+def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
+    """The place of global `rank` (Megatron's order tp-cp-ep-dp-pp; experts: etp-ep-dp-pp).
+
+    Raises: ConfigError for a rank outside the layout.
+    """
+    world = parallel.world_size
+    if not 0 <= rank < world:
+        raise ConfigError([("rank", f"expected 0 to {world - 1} for a layout of {world} ranks, got {rank}")])
+    stage_ranks = world // parallel.pp
+    pp, in_stage = divmod(rank, stage_ranks)
+    return RankCoordinates(
+        tp=in_stage % parallel.tp,
+        cp=in_stage // parallel.tp % parallel.cp,
+        dp=in_stage // (parallel.tp * parallel.cp),
+        pp=pp,
+        ep=in_stage // parallel.etp % parallel.ep,
+        etp=in_stage % parallel.etp,
+    )
+
+
+def pipeline_layers(num_layers: int, parallel: ParallelConfig) -> tuple[tuple[range, ...], ...]:
+    """The decoder layers of every stage and chunk: `[pp rank][chunk] -> range of global layer numbers`.
+
+    Chunks interleave: chunk 0 of all stages comes before chunk 1 of all stages. Follows Megatron-core's
+    `get_num_layers_to_build` and `get_transformer_layer_offset`.
+
+    Raises: ConfigError naming the sizes that do not divide.
+    """
+    sizes = _layers_of_slots(num_layers, parallel)
+    starts = [sum(sizes[:slot]) for slot in range(len(sizes))]
+    slots = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return tuple(
+        tuple(slots[chunk * parallel.pp + stage] for chunk in range(parallel.vpp)) for stage in range(parallel.pp)
+    )
+
+
+def _layers_of_slots(num_layers: int, parallel: ParallelConfig) -> list[int]:
+    """Layers of each (chunk, stage) slot in execution order: chunk 0 of all stages, then chunk 1, ..."""
+    pp, vpp = parallel.pp, parallel.vpp
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if first is not None or last is not None:
+        if pp == 1:
+            raise _uneven(f"num_layers_in_first/last_pipeline_stage need pp > 1, got pp={pp}")
+        middle_stages = pp - (first is not None) - (last is not None)
+        middle = num_layers - (first or 0) - (last or 0)
+        if middle < 0 or (middle_stages == 0 and middle) or (middle_stages and middle % middle_stages):
+            raise _uneven(f"{middle} layers do not divide over the {middle_stages} stages between first and last")
+        per_stage = [middle // middle_stages if middle_stages else 0] * pp
+        per_stage[0] = per_stage[0] if first is None else first
+        per_stage[-1] = per_stage[-1] if last is None else last
+        if any(n % vpp for n in per_stage):
+            raise _uneven(f"stages of {sorted(set(per_stage))} layers do not divide by vpp={vpp}")
+        return [per_stage[stage] // vpp for _ in range(vpp) for stage in range(pp)]
+    embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
+    counted = num_layers + embedding + loss
+    if counted % (pp * vpp):
+        raise _uneven(_stage_advice(num_layers, counted, parallel))
+    sizes = [counted // (pp * vpp)] * (pp * vpp)
+    sizes[0] -= embedding
+    sizes[-1] -= loss
+    return sizes
+
+
+def _stage_advice(num_layers: int, counted: int, parallel: ParallelConfig) -> str:
+    divisors = [n for n in range(1, counted + 1) if counted % n == 0]
+    return (
+        f"{counted} layers do not divide by pp * vpp = {parallel.pp} * {parallel.vpp}: choose pp * vpp among "
+        f"{divisors}, or set account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split "
+        f"(counts {num_layers} + 2), or num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage"
+    )
+
+
+def _uneven(text: str) -> ConfigError:
+    return ConfigError([("parallel.pp", text)])
