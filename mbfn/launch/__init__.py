@@ -1,0 +1,1 @@
+"""How ranks start: this process alone, several here, or those that torchrun or srun started."""

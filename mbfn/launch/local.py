@@ -1,0 +1,99 @@
+"""Several ranks on this machine, started and watched by torch's elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mbfn.errors import LaunchError
+from mbfn.launch.failures import Failure, first_failure
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from mbfn.train.job import Job
+
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SHUTDOWN_S = 60  # between asking ranks to end and killing them: one step and one checkpoint
+
+
+def run_local(job: Job, nproc: int) -> int | None:
+    """Run `job` on `nproc` ranks here; the signal that stopped it, none when it ran to its end.
+
+    The ranks get the job as a value and compose nothing again. Rank 0 writes to this terminal, the others to
+    `logs/rank_N.log` of the output directory.
+
+    Raises: LaunchError with the error of the rank that failed first; the others have ended by then.
+    """
+    logs = job.output_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for stale in logs.glob("rank_*.failure.json"):
+        stale.unlink()
+    with tempfile.TemporaryDirectory(prefix="mbfn-ranks-") as scratch:
+        task = Path(scratch) / "job.pickle"
+        task.write_bytes(pickle.dumps(job))
+        return _supervise([sys.executable, "-u", "-m", "mbfn.launch.worker", str(task)], nproc, logs, scratch)
+
+
+def _supervise(command: list[str], nproc: int, logs: Path, scratch: str) -> int | None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # failures are reported once, below
+    os.environ.update(_rank_defaults(os.environ, nproc))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=f"mbfn-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        signals_to_handle=_SIGNALS,
+        shutdown_timeout=_SHUTDOWN_S,
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except SignalException as stopped:
+        return int(stopped.sigval)
+    except ChildFailedError as error:
+        raise _failed(error, logs) from None
+    return None
+
+
+def _rank_defaults(env: Mapping[str, str], nproc: int) -> dict[str, str]:
+    """One thread a rank: several pools on the same cores slow each other down."""
+    return {"OMP_NUM_THREADS": "1"} if nproc > 1 and "OMP_NUM_THREADS" not in env else {}
+
+
+def _failed(error: ChildFailedError, logs: Path) -> LaunchError:
+    killed = sorted(
+        (rank, -failure.exitcode)
+        for rank, failure in error.failures.items()
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM
+    )
+    noted = first_failure(logs)
+    if killed and not _own_failure(noted, killed):
+        rank, number = killed[0]
+        text = f"rank {rank}: ended by {signal.Signals(number).name}; the other ranks were stopped; logs: {logs}"
+        return LaunchError(text)
+    if noted is not None:
+        sys.stderr.write(noted.detail)
+        return LaunchError(f"rank {noted.rank}: {noted.message}; logs: {logs}")
+    rank, failure = error.get_first_failure()
+    return LaunchError(f"rank {rank}: ended with exit code {failure.exitcode}; logs: {logs}")
+
+
+def _own_failure(noted: Failure | None, killed: list[tuple[int, int]]) -> bool:
+    """Whether the first noted failure is of a rank that was then killed itself, so the note says more."""
+    return noted is not None and noted.rank in {rank for rank, _ in killed}

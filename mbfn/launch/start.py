@@ -1,0 +1,52 @@
+"""The one way into a run: in this process, on local ranks, or as a rank of torchrun or srun."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, MutableMapping
+
+from mbfn.data import open_dataset
+from mbfn.launch.check import check_launch
+from mbfn.launch.detect import Rank, detect, local_gpus, rank_environment
+from mbfn.train.checkpoints import checkpoint_to_resume, complete_checkpoints
+from mbfn.train.job import Job, run_job
+from mbfn.train.stop import REQUEUE
+
+
+def start(job: Job, stop: Callable[[], int], env: MutableMapping[str, str]) -> int:
+    """Run `job` as its launch group and the environment say; the exit code.
+
+    Raises: LaunchError or DataError before torch is imported, where the run cannot work here.
+    """
+    rank = detect(env)
+    check_launch(job.run, rank, local_gpus(env))
+    if rank is not None:
+        env.update(rank_environment(rank, env))
+        return _joined(job, stop, rank)
+    if job.run.parallel.world_size == 1:
+        return run_job(job, stop)
+    return _local(job, stop)
+
+
+def _joined(job: Job, stop: Callable[[], int], rank: Rank) -> int:
+    if rank.launcher == "srun":
+        return run_job(job, stop)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(run_job)(job, stop) or 0  # torchrun shows what `record` notes as the root cause
+
+
+def _local(job: Job, stop: Callable[[], int]) -> int:
+    from mbfn.launch.local import run_local
+
+    open_dataset(job.run)  # mistakes in the data show here once, and ranks find it tokenised
+    root = job.output_dir / "checkpoints"
+    checkpoint_to_resume(job.run, root)
+    if stop():
+        return 128 + stop()
+    stopped_by = run_local(job, job.run.parallel.world_size)
+    if stopped_by is None:
+        return 0
+    if complete_checkpoints(root):
+        return REQUEUE
+    return 128 + signal.Signals(stopped_by).value

@@ -1,0 +1,34 @@
+"""Weights in from Hugging Face directories and out to them, without a checkpoint between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mbfn import megatron
+from mbfn.config.run import RunConfig
+from mbfn.convert import to_hf, to_megatron
+from mbfn.data.tokenizer import TokenizerFiles
+from mbfn.megatron import Models, World
+from mbfn.storage import open_hf, save_hf
+from mbfn.train.gather import States, with_all_states
+
+
+def initial_weights(run: RunConfig, world: World) -> Mapping[str, Tensor] | None:
+    """This rank's slices of `init.hf`, read when they are asked for; none where weights start random."""
+    if run.init.hf is None:
+        return None
+    source = open_hf(Path(run.init.hf).expanduser())
+    return to_megatron(source, run.model, parallel=run.parallel, rank=world.rank, impl=megatron.impl_of(run, world))
+
+
+def export_hf(run: RunConfig, world: World, models: Models, tokenizer: TokenizerFiles, directory: Path) -> None:
+    """Write the weights of all ranks as a Hugging Face directory, tokenizer included. Collective."""
+
+    def write(states: States) -> None:
+        items = to_hf(states, run.model, parallel=run.parallel, impl=models.impl)
+        save_hf(directory, items, run.model, extra_files=tokenizer.files)
+
+    with_all_states(world, megatron.state_dict(models), write)

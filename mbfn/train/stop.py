@@ -1,0 +1,27 @@
+"""Asking a run to stop: signals become a value that the loop reads between two steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+REQUEUE = 75  # exit code of a run that was stopped and saved: start the same command again to continue (EX_TEMPFAIL)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def listen() -> Callable[[], int]:
+    """Catch SIGTERM, SIGUSR1 and Ctrl-C; the returned function gives the signal that came, 0 while none has.
+
+    Installed before heavy imports, so that no signal is lost. A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    return lambda: received[0] if received else 0
