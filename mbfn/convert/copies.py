@@ -78,44 +78,83 @@ def window(copy: Copy, side: Side, shape: Shape, start: Shape, stop: Shape) -> I
     Offsets and strides of that side then count in the contiguous tensor of shape `stop - start`. Yields none when the
     box and the copy share nothing, several copies when a range starts or ends inside an inner axis.
     """
-    dims = [d for d, size in enumerate(shape) if size > 1]
-    old = _contiguous(shape)
-    new = _contiguous(tuple(b - a for a, b in zip(start, stop, strict=True)))
-    if any(b <= a for a, b in zip(start, stop, strict=True)):
+    box = tuple(b - a for a, b in zip(start, stop, strict=True))
+    if min(box, default=1) <= 0:
         return
-    offset, strides = (copy.src_offset, copy.src_strides) if side == "src" else (copy.dst_offset, copy.dst_strides)
-    owner = [next((d for d in dims if old[d] <= stride), -1) for stride in strides]
-    choices, rebased = [], [0] * len(strides)
-    for d in dims:
-        axes = [a for a, o in enumerate(owner) if o == d and copy.shape[a] > 1]
-        axes.sort(key=lambda a: -strides[a])
-        for a in axes:
-            rebased[a] = strides[a] // old[d] * new[d]
-        steps = [(copy.shape[a], strides[a] // old[d]) for a in axes]
-        base = offset // old[d] % shape[d]
-        boxes = _range_boxes(steps, start[d] - base, stop[d] - base)
-        choices.append([(base - start[d], new[d], axes, box) for box in boxes])
+    copy = _refine(copy, side, shape)
+    offset, strides = _side(copy, side)
+    steps, owner = contiguous_strides(shape), _owners(strides, shape)
+    choices = []
+    for d, size in enumerate(shape):
+        axes = sorted((a for a, o in enumerate(owner) if o == d), key=lambda a: -strides[a])
+        base = offset // steps[d] % size
+        inner = [(copy.shape[a], strides[a] // steps[d]) for a in axes]
+        choices.append([(axes, ranges) for ranges in _range_boxes(inner, start[d] - base, stop[d] - base)])
+    back = tuple(-a for a in start)
     for choice in itertools.product(*choices):
-        yield _boxed(copy, side, rebased, choice)
+        yield coalesce(_rebase(_restrict(copy, choice), side, shape, box, back))
 
 
-def _boxed(copy: Copy, side: Side, rebased: list[int], choice: tuple) -> Copy:
-    """`copy` restricted on each axis to the ranges of `choice`, its `side` rebased to the window."""
+def embed(copy: Copy, side: Side, shape: Shape, into: Shape, at: Shape) -> Copy:
+    """`copy` when its `side` tensor of `shape` becomes the box at `at` of a tensor of shape `into`."""
+    return coalesce(_rebase(_refine(copy, side, shape), side, shape, into, at))
+
+
+def _refine(copy: Copy, side: Side, shape: Shape) -> Copy:
+    """The same copy with every axis inside one dimension of its `side` tensor: undoes what `coalesce` merged."""
+    steps = contiguous_strides(shape)
+    axes: list[tuple[int, int, int]] = []
+    for size, src, dst in zip(copy.shape, copy.src_strides, copy.dst_strides, strict=True):
+        split: list[tuple[int, int, int]] = []
+        while size > 1:
+            stride = src if side == "src" else dst
+            dim = _owners((stride,), shape)[0]
+            room = shape[dim] * steps[dim] // stride
+            inner = min(size, room)
+            split.append((inner, src, dst))
+            size, src, dst = size // inner, src * inner, dst * inner
+        axes += reversed(split)
+    sizes, src_strides, dst_strides = zip(*axes, strict=True) if axes else ((), (), ())
+    return replace(copy, shape=sizes, src_strides=src_strides, dst_strides=dst_strides)
+
+
+def _restrict(copy: Copy, choice: tuple[tuple[list[int], list[tuple[int, int]]], ...]) -> Copy:
+    """`copy` with each named axis cut to a (first, count) range."""
     starts, counts = [0] * len(copy.shape), list(copy.shape)
-    position = 0
-    for base, unit, axes, box in choice:
-        position += base * unit
-        for axis, (first, count) in zip(axes, box, strict=True):
+    for axes, ranges in choice:
+        for axis, (first, count) in zip(axes, ranges, strict=True):
             starts[axis], counts[axis] = first, count
-            position += first * rebased[axis]
-    other = copy.dst_strides if side == "src" else copy.src_strides
-    moved = sum(first * stride for first, stride in zip(starts, other, strict=True))
-    shape = tuple(counts)
+    src = sum(first * stride for first, stride in zip(starts, copy.src_strides, strict=True))
+    dst = sum(first * stride for first, stride in zip(starts, copy.dst_strides, strict=True))
+    return replace(copy, shape=tuple(counts), src_offset=copy.src_offset + src, dst_offset=copy.dst_offset + dst)
+
+
+def _rebase(copy: Copy, side: Side, old: Shape, new: Shape, shift: Shape) -> Copy:
+    """`copy` with its `side` counted in a tensor of shape `new`, its place in each dimension moved by `shift`."""
+    offset, strides = _side(copy, side)
+    old_steps, new_steps = contiguous_strides(old), contiguous_strides(new)
+    place = [offset // step % size + by for step, size, by in zip(old_steps, old, shift, strict=True)]
+    moved = sum(p * step for p, step in zip(place, new_steps, strict=True))
+    owner = _owners(strides, old)
+    turned = tuple(s // old_steps[d] * new_steps[d] for s, d in zip(strides, owner, strict=True))
     if side == "src":
-        part = replace(copy, shape=shape, src_offset=position, src_strides=tuple(rebased))
-        return coalesce(replace(part, dst_offset=copy.dst_offset + moved))
-    part = replace(copy, shape=shape, dst_offset=position, dst_strides=tuple(rebased))
-    return coalesce(replace(part, src_offset=copy.src_offset + moved))
+        return replace(copy, src_offset=moved, src_strides=turned)
+    return replace(copy, dst_offset=moved, dst_strides=turned)
+
+
+def _side(copy: Copy, side: Side) -> tuple[int, Shape]:
+    return (copy.src_offset, copy.src_strides) if side == "src" else (copy.dst_offset, copy.dst_strides)
+
+
+def _owners(strides: Shape, shape: Shape) -> list[int]:
+    """The dimension of a contiguous tensor of `shape` that each stride steps along."""
+    steps = contiguous_strides(shape)
+    return [next((d for d, step in enumerate(steps) if shape[d] > 1 and step <= s), 0) for s in strides]
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Element strides of a contiguous tensor."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
 def _range_boxes(steps: list[tuple[int, int]], low: int, high: int) -> list[list[tuple[int, int]]]:
@@ -135,8 +174,3 @@ def _range_boxes(steps: list[tuple[int, int]], low: int, high: int) -> list[list
     for index in range(full_to, min(size, -(-high // stride))):
         boxes += [[(index, 1), *box] for box in _range_boxes(inner, low - index * stride, high - index * stride)]
     return boxes
-
-
-def _contiguous(shape: Shape) -> Shape:
-    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    return tuple(strides)
