@@ -58,7 +58,8 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[
     require(
         model.num_attention_heads % tp == 0,
         "parallel.tp",
-        f"num_attention_heads={model.num_attention_heads} does not divide by tp={tp}: {_fits(model.num_attention_heads)}",
+        f"num_attention_heads={model.num_attention_heads} does not divide by tp={tp}: "
+        f"{_fits(model.num_attention_heads)}",
         problems,
     )
     require(
