@@ -1,0 +1,24 @@
+"""Megatron-core behind values: groups, layer specs, models, optimizer steps, checkpoints. The only importer of it."""
+
+from mbfn.megatron import bootstrap  # first: before every module that imports megatron-core
+from mbfn.megatron.build import build, state_dict
+from mbfn.megatron.checkpoint import load, save
+from mbfn.megatron.meta import meta_states
+from mbfn.megatron.optimizer import Models
+from mbfn.megatron.step import StepResult, eval_step, train_step
+from mbfn.megatron.world import World, open_world
+
+__all__ = [
+    "Models",
+    "StepResult",
+    "World",
+    "bootstrap",
+    "build",
+    "eval_step",
+    "load",
+    "meta_states",
+    "open_world",
+    "save",
+    "state_dict",
+    "train_step",
+]

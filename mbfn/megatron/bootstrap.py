@@ -1,0 +1,68 @@
+"""The first import of megatron-core: without its warnings and, where no GPU can use them, its compiled kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_WGRAD = "fused_weight_gradient_mlp_cuda"
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can run here."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _load_core() -> None:
+    """Import megatron-core.
+
+    It applies `torch.compile` to its fused functions at import. Without a GPU those are plain functions here: that
+    saves a second of imports, seconds at each first call, and the need for a C++ compiler.
+    """
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if has_transformer_engine() and importlib.util.find_spec(_WGRAD) is None:
+        sys.modules[_WGRAD] = _wgrad_module()
+    eager = contextlib.nullcontext() if torch.cuda.is_available() else _no_compile()
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    with warnings.catch_warnings(), eager:
+        warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def _no_compile() -> Iterator[None]:
+    compiler = torch.compile
+    torch.compile = _unchanged  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+def _unchanged(function: Callable | None = None, **_: Any) -> Callable:
+    return _unchanged if function is None else function
+
+
+def _wgrad_module() -> types.ModuleType:
+    """Apex's extension, which Megatron's output layer wants for gradient accumulation fusion, made of TE's product."""
+
+    def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        out = {"out_dtype": main_grad.dtype, "out": main_grad}
+        general_gemm(total_input, grad_output, layout="NT", accumulate=True, grad=True, **out)
+
+    module = types.ModuleType(_WGRAD)
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
+    return module
+
+
+_load_core()

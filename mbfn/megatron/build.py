@@ -1,0 +1,36 @@
+"""A run's models in one call: built, weighted, wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mbfn.config.run import RunConfig
+from mbfn.megatron.model import build_chunks
+from mbfn.megatron.optimizer import Models, gathered, wrap
+from mbfn.megatron.settings import choose_impl, transformer_config
+from mbfn.megatron.weights import chunk_tensors, load_weights, random_weights
+from mbfn.megatron.world import World
+
+
+def build(run: RunConfig, world: World, weights: Mapping[str, Tensor] | None) -> Models:
+    """This rank's models and optimizer. Collective.
+
+    `weights` is what `mbfn.to_megatron` gives for this rank; none: random by `train.seed`, the same in every layout.
+
+    Raises: ConversionError for weights that are not exactly the model's.
+    """
+    impl = choose_impl(world.device)
+    config = transformer_config(run, world)
+    chunks = build_chunks(run.model, run.parallel, config, world.groups, impl=impl)
+    if weights is None:
+        weights = random_weights(run.model, run.parallel, seed=run.train.seed, rank=world.rank, impl=impl)
+    load_weights(chunks, weights)
+    return wrap(run, world, chunks, config, impl=impl)
+
+
+def state_dict(models: Models) -> dict[str, Tensor]:
+    """This rank's weights under the names of `mbfn.to_megatron`. The tensors are the model's own, not copies."""
+    with gathered(models):
+        return {name: value.detach() for name, value in chunk_tensors(models.chunks).items()}

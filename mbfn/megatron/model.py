@@ -1,0 +1,104 @@
+"""The model of one rank: Megatron's GPTModel, one for each virtual pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from mbfn.config.model import ModelConfig, padded_vocab_size
+from mbfn.config.parallel import ParallelConfig, pipeline_layers
+from mbfn.megatron.rotary import inverse_frequencies
+from mbfn.megatron.settings import Impl
+from mbfn.megatron.specs import block_spec
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose loss leaves out the padded vocabulary, and whose checkpoint needs no global process groups."""
+
+    def __init__(self, *args: Any, unpadded_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unpadded_vocab_size = unpadded_vocab_size
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy over the real vocabulary, as transformers has it: padding rows get no probability or gradient.
+
+        Shapes: labels (B, S), logits (S, B, V / tp) -> (B, S)
+        """
+        own = logits.size(-1)
+        real = max(0, self.unpadded_vocab_size - self.pg_collection.tp.rank() * own)
+        if real < own:
+            logits[..., real:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict,
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store the last stage's copy of a tied embedding as a replica of the first's."""
+        assert metadata is not None
+        if not self.post_process or self.pre_process:
+            return
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def build_chunks(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    impl: Impl,
+) -> tuple[LanguageModel, ...]:
+    """This rank's model chunks, their weights not set yet."""
+    stage = groups.pp.rank()
+    layers = pipeline_layers(model.num_layers, parallel)[stage]
+    return tuple(
+        _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, num_layers=len(held))
+        for chunk, held in enumerate(layers)
+    )
+
+
+def _build_chunk(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    impl: Impl,
+    stage: int,
+    chunk: int,
+    num_layers: int,
+) -> LanguageModel:
+    built = LanguageModel(
+        config,
+        block_spec(model, num_layers, impl),
+        padded_vocab_size(model, parallel),
+        model.max_position_embeddings,
+        unpadded_vocab_size=model.vocab_size,
+        pre_process=stage == 0 and chunk == 0,
+        post_process=stage == parallel.pp - 1 and chunk == parallel.vpp - 1,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+        vp_stage=chunk if parallel.vpp > 1 else None,
+    )
+    built.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(built.rotary_pos_emb.inv_freq.device)
+    return built

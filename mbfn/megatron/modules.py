@@ -1,0 +1,86 @@
+"""Torch modules that the local layer spec takes where Megatron's need a GPU or lack a feature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Torch's RMSNorm with the mark by which Megatron sums its gradient over sequence-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_new_device(config))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class Attention(MegatronModule):
+    """Core attention on torch's scaled dot product: grouped queries, sliding window, exact context parallelism.
+
+    With context parallelism a rank holds chunks r and 2n-1-r of the sequence ("zigzag") and gathers keys and values.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.cp = pg_collection.cp
+        self.scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Shapes: query (S, B, N, D), key and value (S, B, G, D) -> (S, B, N * D), S the rank's own tokens."""
+        del attention_mask  # always causal
+        positions = zigzag(query.size(0) * self.cp.size(), self.cp.size(), self.cp.rank()).to(query.device)
+        if self.cp.size() > 1:
+            key, value = _whole_sequence(key, self.cp), _whole_sequence(value, self.cp)
+        mask = _mask(positions, key.size(0), self.window) if self.cp.size() > 1 or self.window else None
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def zigzag(length: int, size: int, rank: int) -> Tensor:
+    """Positions of a sequence that `rank` of `size` context-parallel ranks holds: chunks `rank` and `2*size-1-rank`."""
+    if size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def _whole_sequence(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """All ranks' tokens in order. Its gradient is the reduce-scatter, the sum over the ranks that used a token."""
+    size = group.size()
+    gathered = gather_from_sequence_parallel_region(x.contiguous(), tensor_parallel_output_grad=True, group=group)
+    order = torch.cat([zigzag(gathered.size(0), size, rank) for rank in range(size)])
+    return gathered.index_select(0, order.argsort().to(x.device))
+
+
+def _mask(positions: Tensor, length: int, window: int | None) -> Tensor:
+    """True where a query at one of `positions` sees a key of the whole sequence."""
+    distance = positions[:, None] - torch.arange(length, device=positions.device)[None]
+    seen = distance >= 0
+    return seen & (distance < window) if window else seen
+
+
+def _new_device(config: TransformerConfig) -> torch.device | None:
+    return None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())

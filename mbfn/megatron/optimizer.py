@@ -1,0 +1,106 @@
+"""Gradient reduction and the optimizer round a rank's model chunks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mbfn.config.run import RunConfig
+from mbfn.megatron.model import LanguageModel
+from mbfn.megatron.settings import Impl, ddp_config, optimizer_config
+from mbfn.megatron.torch_adam import prime
+from mbfn.megatron.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What one rank trains. Megatron updates weights and optimizer in place: after a step this is the new state."""
+
+    chunks: tuple[LanguageModel, ...]  # the bare models, one a virtual pipeline stage
+    ddp: tuple[DistributedDataParallel, ...]  # the same, wrapped for gradient reduction
+    optimizer: MegatronOptimizer
+    config: TransformerConfig
+    impl: Impl
+
+
+def wrap(
+    run: RunConfig, world: World, chunks: Sequence[LanguageModel], config: TransformerConfig, *, impl: Impl
+) -> Models:
+    """Gradient buffers and optimizer for `chunks`, whose weights are set. Collective."""
+    reduce = ddp_config(run)
+    half = config.bf16 or config.fp16
+    ddp = tuple(
+        DistributedDataParallel(
+            config,
+            reduce,
+            Float16Module(config, chunk) if half else chunk,
+            disable_bucketing=number > 0,
+            pg_collection=world.groups,
+        )
+        for number, chunk in enumerate(chunks)
+    )
+    settings = optimizer_config(run)
+    optimizer = get_megatron_optimizer(
+        settings,
+        list(ddp),
+        config_overrides=get_standard_config_overrides(settings),  # no weight decay on norms and biases
+        use_gloo_process_groups=False,
+        pg_collection=world.groups,
+    )
+    prime(optimizer)
+    _hook(config, ddp, optimizer, overlap=run.optim.overlap_grad_reduce, gather=run.optim.overlap_param_gather)
+    return Models(chunks=tuple(chunks), ddp=ddp, optimizer=optimizer, config=config, impl=impl)
+
+
+def set_lr(optimizer: MegatronOptimizer, lr: float) -> None:
+    """The learning rate of the next step, for every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextlib.contextmanager
+def gathered(models: Models) -> Iterator[None]:
+    """Inside, the weights are those of the last step even where their gathering overlaps the next forward pass."""
+    overlapped = [ddp for ddp in models.ddp if ddp.ddp_config.overlap_param_gather]
+    for ddp in overlapped:
+        ddp.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for ddp in overlapped:
+            ddp.enable_forward_pre_hook()
+
+
+def _hook(
+    config: TransformerConfig,
+    ddp: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    *,
+    overlap: bool,
+    gather: bool,
+) -> None:
+    """The functions that Megatron's schedules look for on the model's config."""
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = _one_or_list([model.no_sync for model in ddp])
+    if overlap:
+        config.grad_sync_func = _one_or_list([model.start_grad_sync for model in ddp])
+    if gather:
+        config.param_sync_func = _one_or_list([model.start_param_sync for model in ddp])
+
+
+def _one_or_list(functions: list) -> object:
+    return functions if len(functions) > 1 else functions[0]
+
+
+def zero_gradients(models: Models) -> None:
+    """Forget the gradients of the last step."""
+    for ddp in models.ddp:
+        ddp.zero_grad_buffer()
+    models.optimizer.zero_grad()

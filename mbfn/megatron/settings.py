@@ -1,0 +1,177 @@
+"""From frozen configuration to Megatron's mutable config objects: pure mappings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mbfn.config.model import Dtype, ModelConfig
+from mbfn.config.parallel import ParallelConfig
+from mbfn.config.precision import PrecisionConfig
+from mbfn.config.run import RunConfig
+from mbfn.convert.rules import Impl
+from mbfn.errors import LaunchError
+from mbfn.megatron.bootstrap import has_transformer_engine
+from mbfn.megatron.world import World
+
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_impl(device: torch.device) -> Impl:
+    """Transformer Engine's modules where they run, else Megatron's and torch's own."""
+    return "te" if device.type == "cuda" and has_transformer_engine() else "local"
+
+
+def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
+    """Megatron's model settings for `run` on the ranks of `world`.
+
+    Raises: LaunchError for number formats that need Transformer Engine where it does not run.
+    """
+    impl = choose_impl(world.device)
+    needs_te = {"fp8": run.precision.fp8 != "none", "exp_avg": run.precision.precision_aware}
+    for field, needed in needs_te.items():
+        if needed and impl != "te":
+            raise LaunchError(
+                f"precision.{field}: {getattr(run.precision, field)} needs Transformer Engine on a CUDA GPU, "
+                f"this is {world.device.type} with the local modules; use precision=bf16 with fp32 states, or fp32"
+            )
+    return core_config(run.model, run.parallel, run.precision, impl=impl, cpu=world.device.type == "cpu")
+
+
+def core_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, impl: Impl, cpu: bool
+) -> TransformerConfig:
+    """Megatron's model settings. Weights are never initialised by Megatron: `mbfn.megatron.weights` sets every one."""
+    dtype = DTYPES[precision.params]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.layernorm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,  # the layer spec gives each linear its own bias
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.params == "bf16",
+        fp16=precision.params == "fp16",
+        use_cpu_initialization=cpu,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        transformer_impl="transformer_engine" if impl == "te" else "local",
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        **_layout(parallel),
+        **_window(model),
+        **_fusions(impl, cpu=cpu),
+        **_fp8(precision),
+    )
+
+
+def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
+    """How gradients are reduced over data-parallel ranks."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=run.precision.grads == "fp32",
+        use_distributed_optimizer=run.optim.use_distributed_optimizer,
+        overlap_grad_reduce=run.optim.overlap_grad_reduce,
+        overlap_param_gather=run.optim.overlap_param_gather,
+    )
+
+
+def optimizer_config(run: RunConfig) -> OptimizerConfig:
+    """AdamW and its number formats. An infinite clip still measures the gradient norm."""
+    optim, precision = run.optim, run.precision
+    formats: dict[str, Any] = {}
+    if precision.precision_aware:
+        formats = {
+            "use_precision_aware_optimizer": True,
+            "main_grads_dtype": DTYPES[precision.grads],
+            "main_params_dtype": DTYPES[precision.main_params],
+            "exp_avg_dtype": DTYPES[precision.exp_avg],
+            "exp_avg_sq_dtype": DTYPES[precision.exp_avg_sq],
+        }
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad or math.inf,
+        bf16=precision.params == "bf16",
+        fp16=precision.params == "fp16",
+        params_dtype=DTYPES[precision.params],
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_param_gather=optim.overlap_param_gather,
+        **formats,
+    )
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    interleaved = parallel.vpp > 1
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
+        "context_parallel_size": parallel.cp,
+        "sequence_parallel": parallel.sequence_parallel,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
+        # Batched exchange of two stages that are each other's both neighbours (pp=2) mixes up previous and next
+        # without an error.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": parallel.pp > 1,
+    }
+
+
+def _window(model: ModelConfig) -> dict[str, Any]:
+    if model.window_size is None:
+        return {}
+    span = (model.window_size - 1, 0)
+    if not model.window_layers:
+        return {"window_size": span}
+    pattern = [int(layer in model.window_layers) for layer in range(model.num_layers)]
+    return {"window_size": span, "window_attn_skip_freq": pattern}
+
+
+def _fusions(impl: Impl, *, cpu: bool) -> dict[str, Any]:
+    te = impl == "te"
+    return {
+        "apply_rope_fusion": te,
+        "gradient_accumulation_fusion": te,
+        "cross_entropy_loss_fusion": te,
+        "cross_entropy_fusion_impl": "te" if te else "native",
+        "bias_activation_fusion": not cpu,
+        "bias_dropout_fusion": not cpu,
+    }
+
+
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    if precision.fp8 == "none":
+        return {}
+    settings: dict[str, Any] = {
+        "fp8": "e4m3" if precision.fp8 == "blockwise" else "hybrid",
+        "fp8_recipe": precision.fp8,
+    }
+    if precision.fp8 == "delayed":
+        settings |= {"fp8_amax_history_len": precision.fp8_amax_history_len, "fp8_amax_compute_algo": "max"}
+    return settings

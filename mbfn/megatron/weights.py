@@ -1,0 +1,88 @@
+"""Weights into and out of a rank's models, and the random weights that a run from scratch starts with."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mbfn.config.model import ModelConfig
+from mbfn.config.parallel import ParallelConfig
+from mbfn.convert.copies import Shape
+from mbfn.convert.rules import Impl
+from mbfn.errors import ConversionError
+
+
+def chunk_tensors(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Every weight of a rank by its name in `mbfn.to_megatron`: with several chunks, the chunk leads the name."""
+    return {
+        (f"model{i}.{name}" if len(chunks) > 1 else name): value
+        for i, chunk in enumerate(chunks)
+        for name, value in chunk.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and not name.endswith("_extra_state")
+    }
+
+
+def load_weights(chunks: Sequence[nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Set every weight of a rank, one tensor in memory at a time.
+
+    Raises: ConversionError naming a weight that is missing, left over or of another shape.
+    """
+    targets = chunk_tensors(chunks)
+    for name in sorted(targets.keys() ^ weights.keys()):
+        found = "the model has it, the given weights do not" if name in targets else "the model has no such weight"
+        raise ConversionError(f"{name}: {found}; convert with the model and layout of this run")
+    with torch.no_grad():
+        for name, target in targets.items():
+            value = weights[name]
+            if value.shape != target.shape:
+                raise ConversionError(f"{name}: expected shape {tuple(target.shape)}, found {tuple(value.shape)}")
+            target.copy_(value)
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """A Hugging Face model of random weights that is made tensor by tensor, when asked for.
+
+    A tensor depends on the seed and its own name alone, so every layout, cut from it, starts from the same model.
+    Normal with `init_method_std`; output projections of the residual stream are divided by sqrt(2 * num_layers), as
+    Megatron does; norms are 1 and biases 0.
+    """
+
+    def __init__(self, model: ModelConfig, shapes: Mapping[str, Shape], seed: int) -> None:
+        self._model, self._shapes, self._seed = model, shapes, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(_stream(self._seed, name))
+        return torch.empty(shape).normal_(0.0, self._std(name), generator=generator)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def _std(self, name: str) -> float:
+        std = self._model.init_method_std
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return std / math.sqrt(2 * self._model.num_layers) if residual else std
+
+
+def _stream(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+def random_weights(
+    model: ModelConfig, parallel: ParallelConfig, *, seed: int, rank: int, impl: Impl
+) -> Mapping[str, Tensor]:
+    """The random weights of `rank`: `RandomWeights`, converted."""
+    from mbfn.convert import hf_shapes, to_megatron
+
+    return to_megatron(RandomWeights(model, hf_shapes(model), seed), model, parallel=parallel, rank=rank, impl=impl)

@@ -1,0 +1,89 @@
+"""Real ranks for tests: forked processes that share the parent's imports and talk over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+
+class RankError(AssertionError):
+    """A rank raised or died; the message holds its traceback."""
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+    """`function(*args)` on each of `size` ranks, by the environment of a launcher; its results in rank order.
+
+    Raises: RankError with the traceback of the first rank that failed; the others are killed.
+    """
+    torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that did not survive the fork
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, size, port, send, function, args), daemon=True)
+        process.start()
+        send.close()
+        pipes.append(receive)
+        processes.append(process)
+    try:
+        return _collect(pipes, time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _rank(rank: int, size: int, port: int, send: Connection, function: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        reply = pickle.dumps((True, function(*args)))
+    except BaseException:
+        reply = pickle.dumps((False, traceback.format_exc()))
+    send.send_bytes(reply)
+    send.close()
+    os._exit(0)
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {[r for r in range(len(pipes)) if r not in results]} did not finish in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                done, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                raise RankError(f"rank {rank} died without a word") from None
+            if not done:
+                raise RankError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
