@@ -34,7 +34,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Splitmix64's finaliser: every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    mixed: NDArray[np.uint64] = np.bitwise_xor(values, np.right_shift(values, np.uint64(31)))
     return mixed
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,31 +17,25 @@ from mbfn.launch.failures import Failure, first_failure
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from mbfn.train.job import Job
-
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _SHUTDOWN_S = 60  # between asking ranks to end and killing them: one step and one checkpoint
 
 
-def run_local(job: Job, nproc: int) -> int | None:
-    """Run `job` on `nproc` ranks here; the signal that stopped it, none when it ran to its end.
+def run_local(command: Sequence[str], nproc: int, logs: Path) -> int | None:
+    """Run `command` as `nproc` ranks here; the signal that stopped them, none when all ran to their end.
 
-    The ranks get the job as a value and compose nothing again. Rank 0 writes to this terminal, the others to
-    `logs/rank_N.log` of the output directory.
+    Ranks are expected to note their failures in `logs`, as `mbfn.launch.worker` does.
 
     Raises: LaunchError with the error of the rank that failed first; the others have ended by then.
     """
-    logs = job.output_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for stale in logs.glob("rank_*.failure.json"):
         stale.unlink()
     with tempfile.TemporaryDirectory(prefix="mbfn-ranks-") as scratch:
-        task = Path(scratch) / "job.pickle"
-        task.write_bytes(pickle.dumps(job))
-        return _supervise([sys.executable, "-u", "-m", "mbfn.launch.worker", str(task)], nproc, logs, scratch)
+        return _supervise(command, nproc, logs, scratch)
 
 
-def _supervise(command: list[str], nproc: int, logs: Path, scratch: str) -> int | None:
+def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> int | None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

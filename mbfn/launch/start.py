@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import signal
+import pickle
+import sys
+import tempfile
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 
 from mbfn.data import open_dataset
 from mbfn.launch.check import check_launch
@@ -44,9 +47,13 @@ def _local(job: Job, stop: Callable[[], int]) -> int:
     checkpoint_to_resume(job.run, root)
     if stop():
         return 128 + stop()
-    stopped_by = run_local(job, job.run.parallel.world_size)
+    with tempfile.TemporaryDirectory(prefix="mbfn-job-") as scratch:
+        task = Path(scratch) / "job.pickle"
+        task.write_bytes(pickle.dumps(job))
+        command = (sys.executable, "-u", "-m", "mbfn.launch.worker", str(task))
+        stopped_by = run_local(command, job.run.parallel.world_size, job.output_dir / "logs")
     if stopped_by is None:
         return 0
     if complete_checkpoints(root):
         return REQUEUE
-    return 128 + signal.Signals(stopped_by).value
+    return 128 + stopped_by

@@ -1,28 +1,29 @@
-"""One local rank: `python -m mbfn.launch.worker JOB`, started by `run_local` with the job as a pickled value."""
+"""One local rank: `python -m mbfn.launch.worker JOB`, with the job as a pickled value: nothing is composed again."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from mbfn.launch.failures import write_failure
+from mbfn.train.job import run_job
 from mbfn.train.stop import listen
 
 
-def main(task: str) -> None:
-    """Run the job of this rank and end the process, with the failure noted for the launcher if there is one."""
-    stop = listen()
+def run_rank(work: Callable[[], int], logs: Path) -> NoReturn:
+    """End this process with the exit code of `work`, its failure noted for the launcher if there is one.
+
+    Rank 0 writes to the terminal, every other one to `logs/rank_N.log`.
+    """
     rank = int(os.environ["RANK"])
-    job = pickle.loads(Path(task).read_bytes())
-    logs = job.output_dir / "logs"
     if rank:
         _redirect(logs / f"rank_{rank}.log")
     try:
-        from mbfn.train.job import run_job
-
-        code = run_job(job, stop)
+        code = work()
     except BaseException as error:
         failure = write_failure(logs, rank, error)
         sys.stderr.write((failure.detail or f"{failure.message}\n") if rank else "")
@@ -39,5 +40,11 @@ def _redirect(log: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
+def _main(task: str) -> NoReturn:
+    stop = listen()
+    job = pickle.loads(Path(task).read_bytes())
+    run_rank(lambda: run_job(job, stop), job.output_dir / "logs")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    _main(sys.argv[1])

@@ -12,6 +12,7 @@ from mbfn.config.run import RunConfig
 from mbfn.convert import to_hf, to_megatron
 from mbfn.data.tokenizer import TokenizerFiles
 from mbfn.megatron import Models, World
+from mbfn.megatron.settings import choose_impl
 from mbfn.storage import open_hf, save_hf
 from mbfn.train.gather import States, with_all_states
 
@@ -21,7 +22,7 @@ def initial_weights(run: RunConfig, world: World) -> Mapping[str, Tensor] | None
     if run.init.hf is None:
         return None
     source = open_hf(Path(run.init.hf).expanduser())
-    return to_megatron(source, run.model, parallel=run.parallel, rank=world.rank, impl=megatron.impl_of(run, world))
+    return to_megatron(source, run.model, parallel=run.parallel, rank=world.rank, impl=choose_impl(world.device))
 
 
 def export_hf(run: RunConfig, world: World, models: Models, tokenizer: TokenizerFiles, directory: Path) -> None:
