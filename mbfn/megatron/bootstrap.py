@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+# Megatron's calls that newer torch warns of on every rank.
+_NOISE = (
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    r"torch\.distributed is disabled, unavailable or uninitialized",
+    r"The argument order of load has been changed",
+    r"Please use DTensor instead",
+)
 _WGRAD = "fused_weight_gradient_mlp_cuda"
 
 
@@ -32,6 +40,8 @@ def _load_core() -> None:
     if has_transformer_engine() and importlib.util.find_spec(_WGRAD) is None:
         sys.modules[_WGRAD] = _wgrad_module()
     eager = contextlib.nullcontext() if torch.cuda.is_available() else _no_compile()
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", module=r"megatron\.")
     with warnings.catch_warnings(), eager:
         warnings.simplefilter("ignore")

@@ -39,6 +39,7 @@ class Attention(MegatronModule):
         super().__init__(config=config)
         assert pg_collection is not None
         self.cp = pg_collection.cp
+        self.tp_group = pg_collection.tp  # its (empty) checkpoint state asks for it
         self.scale = softmax_scale
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
