@@ -22,7 +22,7 @@ def permuted(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> 
     return values.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.unsignedinteger], half: int, keys: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
     for key in keys:
@@ -30,13 +30,12 @@ def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
     return (left << shift) | right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix(values: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     """Splitmix64's finaliser: every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = np.bitwise_xor(values, np.right_shift(values, np.uint64(31)))
-    return mixed
+    return values ^ (values >> np.uint64(31))
 
 
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
+def _round_keys(seed: int, epoch: int) -> NDArray[np.unsignedinteger]:
     return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
