@@ -1,8 +1,9 @@
 """Megatron-core behind values: groups, layer specs, models, optimizer steps, checkpoints. The only importer of it."""
 
 from mbfn.megatron import bootstrap  # first: before every module that imports megatron-core
-from mbfn.megatron.build import build, state_dict
+from mbfn.megatron.build import build, build_model, state_dict
 from mbfn.megatron.checkpoint import load, save
+from mbfn.megatron.forward import generate, logits
 from mbfn.megatron.meta import meta_states
 from mbfn.megatron.optimizer import Models
 from mbfn.megatron.step import StepResult, eval_step, train_step
@@ -14,8 +15,11 @@ __all__ = [
     "World",
     "bootstrap",
     "build",
+    "build_model",
     "eval_step",
+    "generate",
     "load",
+    "logits",
     "meta_states",
     "open_world",
     "save",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mbfn.config.run import RunConfig
-from mbfn.megatron.model import build_chunks
+from mbfn.megatron.model import LanguageModel, build_chunks
 from mbfn.megatron.optimizer import Models, gathered, wrap
 from mbfn.megatron.settings import choose_impl, transformer_config
 from mbfn.megatron.weights import chunk_tensors, load_weights, random_weights
@@ -21,13 +21,19 @@ def build(run: RunConfig, world: World, weights: Mapping[str, Tensor] | None) ->
 
     Raises: ConversionError for weights that are not exactly the model's.
     """
+    chunks = build_model(run, world, weights)
+    return wrap(run, world, chunks, chunks[0].config, impl=choose_impl(world.device))
+
+
+def build_model(run: RunConfig, world: World, weights: Mapping[str, Tensor] | None) -> tuple[LanguageModel, ...]:
+    """This rank's model chunks with their weights, as `build` makes them, and nothing to train them with."""
     impl = choose_impl(world.device)
     config = transformer_config(run, world)
     chunks = build_chunks(run.model, run.parallel, config, world.groups, impl=impl)
     if weights is None:
         weights = random_weights(run.model, run.parallel, seed=run.train.seed, rank=world.rank, impl=impl)
     load_weights(chunks, weights)
-    return wrap(run, world, chunks, config, impl=impl)
+    return chunks
 
 
 def state_dict(models: Models) -> dict[str, Tensor]:
