@@ -8,15 +8,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
 
-export TORCH_COMPILE_DISABLE ?= 1
-
 .PHONY: train test lint format setup
 
 train: setup
 	$(BIN)/python -m mbfn.train $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+	TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -22,7 +22,9 @@ def permuted(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> 
     return values.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.unsignedinteger], half: int, keys: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+def _feistel(
+    values: NDArray[np.unsignedinteger], half: int, keys: NDArray[np.unsignedinteger]
+) -> NDArray[np.unsignedinteger]:
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
     for key in keys:

@@ -40,7 +40,7 @@ def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # failures are reported once, below
+    _quiet("torch.distributed.elastic")  # failures are reported once, below
     os.environ.update(_rank_defaults(os.environ, nproc))
     config = LaunchConfig(
         min_nodes=1,
@@ -62,6 +62,12 @@ def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> 
     except ChildFailedError as error:
         raise _failed(error, logs) from None
     return None
+
+
+def _quiet(package: str) -> None:
+    """Silence every logger of `package`: torch gives each of its modules a level of its own."""
+    for name in [package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _rank_defaults(env: Mapping[str, str], nproc: int) -> dict[str, str]:
