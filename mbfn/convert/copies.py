@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mbfn.families.layout import Shape
+
 Side = Literal["src", "dst"]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class TensorPlan:
     name: str
     shape: Shape
     copies: tuple[Copy, ...]
+    like: str  # a source tensor whose dtype it has; all padding still has one
 
     @property
     def numel(self) -> int:
@@ -109,8 +111,8 @@ def _refine(copy: Copy, side: Side, shape: Shape) -> Copy:
         while size > 1:
             stride = src if side == "src" else dst
             dim = _owners((stride,), shape)[0]
-            room = shape[dim] * steps[dim] // stride
-            inner = min(size, room)
+            extent = shape[dim] * steps[dim]
+            inner = size if (size - 1) * stride < extent else extent // stride
             split.append((inner, src, dst))
             size, src, dst = size // inner, src * inner, dst * inner
         axes += reversed(split)

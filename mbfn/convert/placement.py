@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig, RankCoordinates, coordinates, pipeline_layers
 from mbfn.convert.copies import Shape
-from mbfn.convert.rules import GlobalTensor, Impl, Table
+from mbfn.convert.table import GlobalTensor, Impl, Table
 
 
 @dataclass(frozen=True, slots=True)

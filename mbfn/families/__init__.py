@@ -1,0 +1,64 @@
+"""Model families: each a table of weight rules and a map of `config.json`. `mbfn.families()` lists them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mbfn.config.model import ModelConfig
+from mbfn.errors import ConversionError
+from mbfn.families.family import Family
+from mbfn.families.hf_config import read_config, write_config
+from mbfn.families.llama import LLAMA
+from mbfn.families.mistral import MISTRAL
+from mbfn.families.qwen import QWEN2, QWEN3
+
+FAMILIES: Mapping[str, Family] = {f.dialect.family: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def families() -> tuple[str, ...]:
+    """Names of every supported family."""
+    return tuple(FAMILIES)
+
+
+def model_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
+    """The model that a Hugging Face directory, its `config.json`, or that file's dict describes.
+
+    Raises: ConversionError naming the file, or the key that is missing, unknown or not supported.
+    """
+    hf = source if isinstance(source, Mapping) else _read_json(Path(source))
+    found = (hf.get("architectures") or [None])[0] or hf.get("model_type")
+    for family in FAMILIES.values():
+        if found in (family.dialect.architecture, family.dialect.model_type):
+            return read_config(hf, family.dialect)
+    known = ", ".join(f.dialect.architecture for f in FAMILIES.values())
+    raise ConversionError(f"config.json: architectures: expected one of {known}, found {found!r}")
+
+
+def model_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of `model`. Inverse: `model_from_hf`."""
+    return write_config(model, family_of(model).dialect)
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family that `model` names.
+
+    Raises: ConversionError listing the families there are.
+    """
+    if model.family not in FAMILIES:
+        raise ConversionError(f"model.family: expected one of {', '.join(FAMILIES)}, found {model.family!r}")
+    return FAMILIES[model.family]
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{file}: not found; expected a Hugging Face model directory with a config.json"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{file}: expected JSON, found {error}") from None

@@ -1,8 +1,8 @@
 """How a tensor is laid out over named axes: the language of the weight rules.
 
-A layout is a tuple with one entry a dimension. An entry is an axis name (`"hidden"`), a tuple of entries (their product,
-outer to inner), a `Cat` (labelled blocks one after the other) or a `Pad` (an axis with unused places at its end). So
-Megatron's fused QKV weight, by query group, is
+A layout is a tuple with one entry a dimension. An entry is an axis name (`"hidden"`), a tuple of entries (their
+product, outer to inner), a `Cat` (labelled blocks one after the other) or a `Pad` (an axis with unused places at its
+end). So Megatron's fused QKV weight, by query group, is
 
     ("group", Cat(q=("rep", "head_dim"), k="head_dim", v="head_dim")), "hidden"
 
@@ -15,11 +15,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mbfn.convert.copies import Shape
-
 type Dim = str | tuple[Dim, ...] | Cat | Pad
 type Layout = tuple[Dim, ...]
 type Sizes = Mapping[str, int]
+type Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, init=False)

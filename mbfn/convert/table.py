@@ -1,62 +1,36 @@
-"""Weight rules: one global Megatron tensor, and the Hugging Face tensors that hold the same weights.
-
-A rule is data. Names have the placeholders `{i}` (global layer) and `{e}` (expert); layouts name their axes. Everything
-that a conversion does (import, export, resharding, reading one rank's bytes, checking names and shapes) is derived from
-the same table, so there is no second one to disagree.
-"""
+"""A model's rules, expanded: every global Megatron tensor, as copies from Hugging Face ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
-from mbfn.config.model import ModelConfig
+from mbfn.config.model import ModelConfig, padded_vocab_size
+from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.copies import Copy, Shape, TensorPlan, coalesce
-from mbfn.convert.layout import Cat, Layout, Sizes, dim_size, locate, shape_of
+from mbfn.families import family_of
+from mbfn.families.decoder import axis_sizes
+from mbfn.families.layout import Sizes, locate, shape_of
+from mbfn.families.rule import HfTensor, Rule
 
 Impl = Literal["local", "te"]
-Stage = Literal["layer", "first", "last"]
 Law = Literal["iso", "section"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfTensor:
-    """One Hugging Face tensor of a rule: the weights `label`, or all of them where it is empty."""
-
-    name: str
-    layout: Layout
-    label: str = ""
+@lru_cache(maxsize=16)
+def table_of(model: ModelConfig, parallel: ParallelConfig) -> Table:
+    """The weight rules of `model`, sized for `parallel` (which only sets how far the vocabulary is padded)."""
+    sizes = axis_sizes(model, padded_vocab_size(model, parallel))
+    return Table(model, family_of(model).rules(model), sizes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """A global Megatron tensor (of every layer, where its name has `{i}`) and what it is made of."""
-
-    mc: str  # Megatron's local-spec name; also the rule's identity
-    layout: Layout
-    hf: tuple[HfTensor, ...]
-    te: str = ""  # Transformer Engine's name, where it differs
-    cut: int | None = None  # dimension that tensor parallelism cuts; none: every rank holds the whole
-    stage: Stage = "layer"
-    tied: bool = False  # a second copy of another rule's weights; export leaves it out
-
-    def law(self, sizes: Sizes) -> Law:
-        """`iso`: a bijection. `section`: more places than weights (padding, ties); HF -> Megatron -> HF is exact."""
-        weights = sum(_numel(tensor, self, sizes) for tensor in self.hf)
-        places = 1
-        for size in shape_of(self.layout, sizes):
-            places *= size
-        return "iso" if places == weights and not self.tied else "section"
-
-    def sections(self, sizes: Sizes) -> Shape:
-        """Lengths along `cut` that are divided over ranks one by one: the blocks of a top-level `Cat`, else all."""
-        if self.cut is None:
-            return ()
-        dim = self.layout[self.cut]
-        blocks = [block for _, block in dim.blocks] if isinstance(dim, Cat) else [dim]
-        return tuple(dim_size(block, sizes) for block in blocks)
+def law(rule: Rule, sizes: Sizes) -> Law:
+    """`iso`: a bijection. `section`: more places than weights (padding, ties); HF -> Megatron -> HF is exact."""
+    weights = sum(_copy(rule, tensor, sizes).numel for tensor in rule.hf)
+    return "iso" if math.prod(shape_of(rule.layout, sizes)) == weights and not rule.tied else "section"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +81,7 @@ class Table:
                 Copy(c.source.format(i=layer), c.shape, c.src_offset, c.src_strides, c.dst_offset, c.dst_strides)
                 for c in copies
             )
-            plan = TensorPlan(rule.mc.format(i=layer), shape, named)
+            plan = TensorPlan(rule.mc.format(i=layer), shape, named, named[0].source)
             yield GlobalTensor(rule=rule, layer=layer, shape=shape, plan=plan)
 
     def _hf_shapes(self, rule: Rule) -> Iterator[tuple[str, Shape]]:
@@ -135,7 +109,3 @@ def _copy(rule: Rule, tensor: HfTensor, sizes: Sizes) -> Copy:
         tuple(there.strides[axis] for axis in axes),
     )
     return coalesce(copy)
-
-
-def _numel(tensor: HfTensor, rule: Rule, sizes: Sizes) -> int:
-    return _copy(rule, tensor, sizes).numel
