@@ -1,18 +1,29 @@
 """Weights on disk: safetensors and Megatron (torch_dist) checkpoints as lazy mappings and atomic writers."""
 
 from mbfn.storage.atomic import atomic_directory, read_manifest
+from mbfn.storage.dist_metadata import ChunkMeta, GlobalMeta
 from mbfn.storage.hf import HfDirectory, open_hf
 from mbfn.storage.hf_write import Declared, carried_files, save_hf
 from mbfn.storage.regions import RegionSource, TensorMeta
+from mbfn.storage.torch_dist import TorchDistCheckpoint, open_torch_dist
+from mbfn.storage.torch_dist_write import HF_FOLDER, Chunk, extra_states, write_torch_dist
 
 __all__ = [
+    "HF_FOLDER",
+    "Chunk",
+    "ChunkMeta",
     "Declared",
+    "GlobalMeta",
     "HfDirectory",
     "RegionSource",
     "TensorMeta",
+    "TorchDistCheckpoint",
     "atomic_directory",
     "carried_files",
+    "extra_states",
     "open_hf",
+    "open_torch_dist",
     "read_manifest",
     "save_hf",
+    "write_torch_dist",
 ]
