@@ -69,9 +69,10 @@ def _dataclass(cls: Any, tree: object, path: str, problems: Problems) -> Any:
     if not isinstance(tree, Mapping):
         return _report(problems, path, f"expected the fields of {cls.__name__}, got {tree!r}")
     hints, before = field_hints(cls), len(problems)
-    for name in tree:
+    for name in map(str, tree):
         if name not in hints:
-            problems.append((join(path, str(name)), f"no such field; {hint(str(name), hints)}"))
+            near = hint(join(path, name), (join(path, known) for known in hints))
+            problems.append((join(path, name), f"no such field; {near}"))
     given = {}
     for field in dataclasses.fields(cls):
         if field.init and not _takes_default(field, hints[field.name], tree):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from mbfn.config.build import build
 from mbfn.config.composing import ModelFromHf, readable_errors, resolve, search_path_override
-from mbfn.config.groups import Catalog, catalog, conf_dir
+from mbfn.config.groups import Catalog, catalog
 from mbfn.config.help import help_text
 from mbfn.config.overrides import FROM_HF, checked, combinations
 from mbfn.errors import ConfigError, MbfnError
@@ -58,7 +58,7 @@ def hydra_main[T](
             return
         overrides = _preflight(known, flags, model_from_hf)
         ours = [f"hydra.job.name={_job_name()}", *(() if outputs else _WRITES_NOTHING), *search_path_override(known)]
-        _run_hydra(_job(task, known), config_name, [*_flag_arguments(flags), *ours, *overrides])
+        _run_hydra(_job(task, known), known, [*_flag_arguments(flags), *ours, *overrides])
     except MbfnError as error:
         _exit(error)
     except KeyboardInterrupt:
@@ -129,10 +129,10 @@ def _job(task: Callable[[Any, RunContext], None], known: Catalog) -> Callable[[A
     return job
 
 
-def _run_hydra(job: Callable[[Any], None], config_name: str, arguments: Sequence[str]) -> None:
+def _run_hydra(job: Callable[[Any], None], known: Catalog, arguments: Sequence[str]) -> None:
     import hydra
 
-    app = hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(job)
+    app = hydra.main(config_path=str(known.primary.parent), config_name=known.config_name, version_base="1.3")(job)
     with _argv(arguments):
         app()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from mbfn.config.build import build
 from mbfn.config.groups import Catalog, conf_dir
 from mbfn.config.model import ModelConfig
+from mbfn.config.names import hint
 from mbfn.config.overrides import FROM_HF, checked, key_of
 from mbfn.config.schema import schema, to_dict
 from mbfn.errors import ConfigError, require
@@ -30,6 +32,7 @@ _SHAPE = (
     "add_mlp_bias",
     "qk_layernorm",
 )
+_DETAIL = ("full_key:", "object_type=", "reference_type=", "Available options", "Config search path", "See https")
 
 
 def resolve(catalog: Catalog, overrides: Sequence[str], *, model_from_hf: ModelFromHf | None) -> tuple[Any, list[str]]:
@@ -75,8 +78,9 @@ def store_model(model: ModelConfig) -> None:
 
 
 def search_path_override(catalog: Catalog) -> list[str]:
-    """The override that makes Hydra search the users' directories."""
-    places = ",".join(f'"file://{directory}"' for directory in catalog.user_dirs)
+    """The override that makes Hydra search every directory but the primary file's, which is first."""
+    others = (place for place in (conf_dir(), *catalog.user_dirs) if place != catalog.primary.parent)
+    places = ",".join(f'"file://{place}"' for place in others)
     return [f"hydra.searchpath=[{places}]"] if places else []
 
 
@@ -98,7 +102,8 @@ def _compose(catalog: Catalog, overrides: Sequence[str]) -> tuple[dict[str, Any]
     import hydra
     from omegaconf import OmegaConf
 
-    with readable_errors(), _no_global_hydra(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    main = str(catalog.primary.parent)
+    with readable_errors(), _no_global_hydra(), hydra.initialize_config_dir(main, version_base="1.3"):
         composed = hydra.compose(
             catalog.config_name,
             overrides=[*search_path_override(catalog), *overrides],
@@ -149,12 +154,14 @@ def _refuse_contradiction(model: ModelConfig, found: ModelConfig, directory: str
 
 
 def _problem(error: Exception) -> tuple[str, str]:
-    """The field or file that an exception is about, and its first lines on one."""
+    """The field or file that an exception is about, and what it says on one line."""
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return group, f"no option {option!r}; {hint(option, error.options)}"
     cause = error.__cause__ or error
     path = getattr(cause, "full_key", None) or getattr(error, "full_key", None) or ""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if cause is not error:
-        lines += [line.strip() for line in str(cause).splitlines()[:1]]
-    noise = ("full_key:", "object_type=", "reference_type=", "Available options", "Config search path", "See https")
-    kept = [line for line in lines if not line.startswith(noise)]
-    return str(path), " ".join(dict.fromkeys(kept))
+    said = takewhile(lambda line: not line.startswith(_DETAIL), (line.strip() for line in str(error).splitlines()))
+    reason = str(cause).strip().splitlines()[:1] if cause is not error else []
+    return str(path), " ".join(dict.fromkeys(line for line in [*said, *reason] if line))

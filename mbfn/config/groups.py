@@ -20,6 +20,7 @@ class Catalog:
 
     root: type
     config_name: str
+    primary: Path  # the file of the command's own fields and defaults list
     user_dirs: tuple[Path, ...]
     options: Mapping[str, Mapping[str, Path]]  # group -> option -> file
     defaults: Mapping[str, str | None]  # group -> option of the primary file's defaults list
@@ -35,12 +36,14 @@ def catalog(root: type, config_name: str, extra_dirs: Iterable[str | Path] = ())
     for directory in user_dirs:
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected a directory of configuration groups (--config-dir, {ENV})")
+    primary = _primary(config_name, user_dirs)
     return Catalog(
         root=root,
         config_name=config_name,
+        primary=primary,
         user_dirs=user_dirs,
         options=_options(user_dirs),
-        defaults=_defaults(config_name, user_dirs),
+        defaults=_defaults(primary),
     )
 
 
@@ -68,21 +71,20 @@ def header(file: Path) -> str:
     return "\n".join(line[1:].removeprefix(" ") for line in lines[:count])
 
 
-def primary_file(config_name: str, user_dirs: Iterable[Path] = ()) -> Path:
-    """The file of a command's own fields and defaults list."""
-    for directory in (conf_dir(), *user_dirs):
-        if (directory / f"{config_name}.yaml").is_file():
-            return directory / f"{config_name}.yaml"
-    names = [path.stem for path in conf_dir().glob("*.yaml")]
-    raise ConfigError([("--config-name", f"no {config_name}.yaml in {conf_dir()}; {hint(config_name, names)}")])
-
-
 def _packaged(name: str) -> Path:
     package = Path(__file__).resolve().parent.parent
     for place in (package / name, package.parent / name):
         if place.is_dir():
             return place
     raise ConfigError(f"{package / name}: the directory of configuration files is missing; reinstall mbfn")
+
+
+def _primary(config_name: str, user_dirs: Iterable[Path]) -> Path:
+    for directory in (conf_dir(), *user_dirs):
+        if (directory / f"{config_name}.yaml").is_file():
+            return directory / f"{config_name}.yaml"
+    names = [path.stem for path in conf_dir().glob("*.yaml")]
+    raise ConfigError([("--config-name", f"no {config_name}.yaml in {conf_dir()}; {hint(config_name, names)}")])
 
 
 def _options(user_dirs: Iterable[Path]) -> dict[str, dict[str, Path]]:
@@ -98,10 +100,10 @@ def _options(user_dirs: Iterable[Path]) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _defaults(config_name: str, user_dirs: Iterable[Path]) -> dict[str, str | None]:
+def _defaults(primary: Path) -> dict[str, str | None]:
     import yaml
 
-    content: Any = yaml.safe_load(primary_file(config_name, user_dirs).read_text(encoding="utf-8")) or {}
+    content: Any = yaml.safe_load(primary.read_text(encoding="utf-8")) or {}
     entries = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
     return {
         group: option for entry in entries for group, option in entry.items() if not str(group).startswith("override")

@@ -11,8 +11,8 @@ _LISTED = 12  # names that a line still carries
 def hint(name: str, names: Iterable[str]) -> str:
     """`did you mean 'x'?`, or the valid names where none is near."""
     known = sorted(set(names))
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
+        return f"did you mean {close[0]!r}?"
     more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
     return f"choose among {', '.join(known[:_LISTED])}{more}" if known else "there are none"
