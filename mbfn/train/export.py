@@ -10,10 +10,11 @@ from torch import Tensor
 from mbfn import megatron
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_hf, to_megatron
+from mbfn.convert.table import table_of
 from mbfn.data.tokenizer import TokenizerFiles
 from mbfn.megatron import Models, World
 from mbfn.megatron.settings import choose_impl
-from mbfn.storage import open_hf, save_hf
+from mbfn.storage import Declared, open_hf, save_hf
 from mbfn.train.gather import States, with_all_states
 
 
@@ -26,10 +27,17 @@ def initial_weights(run: RunConfig, world: World) -> Mapping[str, Tensor] | None
 
 
 def export_hf(run: RunConfig, world: World, models: Models, tokenizer: TokenizerFiles, directory: Path) -> None:
-    """Write the weights of all ranks as a Hugging Face directory, tokenizer included. Collective."""
+    """Write the weights of all ranks as a Hugging Face directory, tokenizer included. Collective.
+
+    Rank 0 holds a tensor or two at a time. One dtype throughout: that of the parameters in training.
+    """
+    own = megatron.state_dict(models)
+    dtype = next(iter(own.values())).dtype
 
     def write(states: States) -> None:
         items = to_hf(states, run.model, parallel=run.parallel, impl=models.impl)
-        save_hf(directory, items, run.model, extra_files=tokenizer.files)
+        shapes = table_of(run.model, run.parallel).hf_shapes
+        plan = [Declared(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items()]
+        save_hf(directory, items, run.model, plan=plan, extra_files=tokenizer.files)
 
-    with_all_states(world, megatron.state_dict(models), write)
+    with_all_states(world, own, write)

@@ -21,7 +21,7 @@ def with_all_states[T](world: World, own: Mapping[str, Tensor], use: Callable[[S
     Rank 0 holds the tensors that `use` keeps, on CPU, and no others.
     """
     if world.world_size == 1:
-        return use({0: {name: tensor.detach().cpu() for name, tensor in own.items()}})
+        return use({0: own})
     metas: list[Any] = [None] * world.world_size
     dist.all_gather_object(metas, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()})
     if world.rank:
@@ -50,6 +50,11 @@ class _RemoteState(Mapping[str, Tensor]):
         received = torch.empty(shape, dtype=dtype, device=self.world.device)
         dist.recv(received, src=self.rank)
         return received.cpu()
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor of that shape and dtype without data, so that nothing crosses over for it."""
+        shape, dtype = self.metas[name]
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.metas)

@@ -14,7 +14,9 @@ def sample(directory: Path, tokenizer_file: Path, prompt: str, *, tokens: int, s
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
