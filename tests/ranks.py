@@ -10,6 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -20,18 +21,18 @@ class RankError(AssertionError):
     """A rank raised or died; the message holds its traceback."""
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """`function(*args)` on each of `size` ranks, by the environment of a launcher; its results in rank order.
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, **kwargs: Any) -> list[Any]:
+    """`function(*args, **kwargs)` on each of `size` ranks, by the environment of a launcher; its results in rank order.
 
-    Raises: RankError with the traceback of the first rank that failed; the others are killed.
+    Raises: RankError with the tracebacks of the ranks that failed within a second of the first; the rest are killed.
     """
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that did not survive the fork
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port, call = _free_port(), partial(function, *args, **kwargs)
     pipes, processes = [], []
     for rank in range(size):
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, size, port, send, function, args), daemon=True)
+        process = context.Process(target=_rank, args=(rank, size, port, send, call), daemon=True)
         process.start()
         send.close()
         pipes.append(receive)
@@ -45,7 +46,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
             process.join()
 
 
-def _rank(rank: int, size: int, port: int, send: Connection, function: Callable[..., Any], args: tuple) -> None:
+def _rank(rank: int, size: int, port: int, send: Connection, call: Callable[[], Any]) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -56,7 +57,7 @@ def _rank(rank: int, size: int, port: int, send: Connection, function: Callable[
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        reply = pickle.dumps((True, function(*args)))
+        reply = pickle.dumps((True, call()))
     except BaseException:
         reply = pickle.dumps((False, traceback.format_exc()))
     send.send_bytes(reply)
@@ -66,21 +67,29 @@ def _rank(rank: int, size: int, port: int, send: Connection, function: Callable[
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+    failures: list[str] = []
+    while waiting := [pipe for rank, pipe in enumerate(pipes) if rank not in results]:
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankError(f"ranks {[r for r in range(len(pipes)) if r not in results]} did not finish in time")
+            late = f"ranks {[pipes.index(pipe) for pipe in waiting]} did not finish in time"
+            raise RankError("\n".join(failures) or late)
         for pipe in ready:
             rank = pipes.index(pipe)
-            try:
-                done, value = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                raise RankError(f"rank {rank} died without a word") from None
+            done, results[rank] = _reply(pipe)
             if not done:
-                raise RankError(f"rank {rank} failed:\n{value}")
-            results[rank] = value
+                failures.append(f"rank {rank} failed:\n{results[rank]}")
+                # Others lose their connection to the one that failed first: which reports first is chance.
+                deadline = min(deadline, time.monotonic() + 1)
+    if failures:
+        raise RankError("\n".join(failures))
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _reply(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return False, "died without a word"
 
 
 def _free_port() -> int:

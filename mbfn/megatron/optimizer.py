@@ -58,10 +58,11 @@ def wrap(
     return Models(chunks=tuple(chunks), ddp=ddp, optimizer=optimizer, config=config, impl=impl)
 
 
-def set_lr(optimizer: MegatronOptimizer, lr: float) -> None:
-    """The learning rate of the next step, for every parameter group."""
+def set_rates(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> None:
+    """Learning rate and weight decay of the next step; Megatron leaves the groups' multipliers to its scheduler."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 @contextlib.contextmanager

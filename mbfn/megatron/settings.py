@@ -15,7 +15,7 @@ from mbfn.config.model import Dtype, ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
-from mbfn.convert.rules import Impl
+from mbfn.convert.table import Impl
 from mbfn.errors import LaunchError
 from mbfn.megatron.bootstrap import has_transformer_engine
 from mbfn.megatron.world import World

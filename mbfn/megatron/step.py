@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron.modules import zigzag
-from mbfn.megatron.optimizer import Models, set_lr, zero_gradients
+from mbfn.megatron.optimizer import Models, set_rates, zero_gradients
 from mbfn.megatron.world import World
 
 MicroBatch = Mapping[str, Tensor]
@@ -36,7 +36,7 @@ def train_step(
     run: RunConfig, world: World, models: Models, micro_batches: Sequence[MicroBatch], *, lr: float
 ) -> StepResult:
     """Update the weights once from this data-parallel rank's micro-batches of whole sequences. Collective."""
-    set_lr(models.optimizer, lr)
+    set_rates(models.optimizer, lr=lr, weight_decay=run.optim.weight_decay)
     zero_gradients(models)
     loss_sum, tokens = forward_backward(run, world, models, micro_batches, forward_only=False)
     done, norm, _ = models.optimizer.step()

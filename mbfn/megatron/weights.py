@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.convert import to_megatron
 from mbfn.convert.copies import Shape
-from mbfn.convert.rules import Impl
+from mbfn.convert.table import Impl, table_of
 from mbfn.errors import ConversionError
 
 
@@ -63,6 +64,10 @@ class RandomWeights(Mapping[str, Tensor]):
         generator = torch.Generator().manual_seed(_stream(self._seed, name))
         return torch.empty(shape).normal_(0.0, self._std(name), generator=generator)
 
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor, without making it."""
+        return torch.empty(self._shapes[name], device="meta")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
@@ -83,6 +88,5 @@ def random_weights(
     model: ModelConfig, parallel: ParallelConfig, *, seed: int, rank: int, impl: Impl
 ) -> Mapping[str, Tensor]:
     """The random weights of `rank`: `RandomWeights`, converted."""
-    from mbfn.convert import hf_shapes, to_megatron
-
-    return to_megatron(RandomWeights(model, hf_shapes(model), seed), model, parallel=parallel, rank=rank, impl=impl)
+    source = RandomWeights(model, table_of(model, parallel).hf_shapes, seed)
+    return to_megatron(source, model, parallel=parallel, rank=rank, impl=impl)

@@ -1,0 +1,152 @@
+"""Tiny transformers models with every dimension different and all weights random, and runs of them on Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import mbfn.megatron as megatron
+from mbfn.config.model import ModelConfig
+from mbfn.config.optim import OptimConfig
+from mbfn.config.parallel import ParallelConfig
+from mbfn.config.run import RunConfig
+from mbfn.config.train import TrainConfig
+from mbfn.convert import to_megatron
+from mbfn.families import model_from_hf
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,  # Megatron pads it to 128
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.5,  # not Megatron's constants
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 16,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+
+
+def _llama(**settings: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "head_dim": 16, **settings}))
+
+
+VARIANTS: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "llama": _llama,
+    "tied": lambda: _llama(tie_word_embeddings=True),
+    "attention_bias": lambda: _llama(attention_bias=True),
+    "mlp_bias": lambda: _llama(mlp_bias=True),
+    "biased": lambda: _llama(attention_bias=True, mlp_bias=True),
+    "rope_llama3": lambda: _llama(rope_parameters=_LLAMA3),
+    "rope_linear": lambda: _llama(rope_parameters=_LINEAR),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**{**SIZES, "head_dim": 16, "sliding_window": 7})),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen2_windows": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 32, "tie_word_embeddings": True})),
+}
+
+
+def hf_model(variant: str) -> PreTrainedModel:
+    """The variant in fp32, with norms and biases away from their neutral values."""
+    torch.manual_seed(7)
+    model = VARIANTS[variant]().float().eval()
+    noise = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=noise) * 0.05)
+    return model
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights as its directory would hold them."""
+    tied = model.config.tie_word_embeddings
+    return {name: w.detach() for name, w in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def config_of(model: PreTrainedModel) -> ModelConfig:
+    """The model as mbfn reads its `config.json`."""
+    return model_from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
+
+
+def run_config(model: ModelConfig, parallel: ParallelConfig, **settings: Any) -> RunConfig:
+    """Fp32, 8 sequences of 32 tokens a step in micro-batches of 2."""
+    train = TrainConfig(global_batch_size=8, micro_batch_size=2, seq_length=32, steps=50, seed=3)
+    optim = OptimConfig(**{"lr": 2e-3, "weight_decay": 0.1, **settings})
+    return RunConfig(model=model, parallel=parallel, train=train, optim=optim)
+
+
+def rows(step: int) -> Tensor:
+    """The global batch of `step`: sums written out, one token a character. Shapes: (8, 33)."""
+    draw = torch.Generator().manual_seed(step % 16)
+    lines = ["".join(f"{a}+{b}={a + b};" for a, b in torch.randint(0, 50, (8, 2), generator=draw)) for _ in range(8)]
+    return torch.tensor([[ord(letter) - 32 for letter in line[:33]] for line in lines])
+
+
+def micro_batches(step: int, run: RunConfig, dp_rank: int) -> list[dict[str, Tensor]]:
+    """A data-parallel rank's share of `rows(step)`; some tokens of every other sequence do not count."""
+    share = run.train.global_batch_size // run.parallel.data_parallel_size
+    own = rows(step)[dp_rank * share : (dp_rank + 1) * share]
+    size, length = run.train.micro_batch_size, run.train.seq_length
+    mask = loss_mask()[dp_rank * share : (dp_rank + 1) * share]
+    return [
+        {
+            "tokens": part[:, :-1],
+            "labels": part[:, 1:],
+            "loss_mask": seen,
+            "position_ids": torch.arange(length).expand(size, length),
+        }
+        for part, seen in zip(own.split(size), mask.split(size), strict=True)
+    ]
+
+
+def loss_mask() -> Tensor:
+    """The tokens that count: uneven over micro-batches and ranks, so a mean of means shows. Shapes: (8, 32)."""
+    mask = torch.ones(8, 32)
+    mask[1::2, :5] = 0
+    mask[0, :20] = 0
+    return mask
+
+
+def train(
+    run: RunConfig, weights: Mapping[str, Tensor] | None, *, steps: range, save_to: str = "", load_from: str = ""
+) -> tuple[list[megatron.StepResult], dict[str, Tensor]]:
+    """The results of `steps` on this rank and its weights after them."""
+    with megatron.open_world(run.parallel, device="cpu", timeout_s=60) as world:
+        models = megatron.build(run, world, _of_rank(run, weights, world.rank))
+        if load_from:
+            assert megatron.load(load_from, run, world, models) == {"step": steps.start}
+        results = []
+        for step in steps:
+            batch = micro_batches(step, run, world.coordinates.dp)
+            results.append(megatron.train_step(run, world, models, batch, lr=run.optim.lr))
+        if save_to:
+            megatron.save(save_to, run, world, models, {"step": steps.stop})
+        return results, {name: value.clone() for name, value in megatron.state_dict(models).items()}
+
+
+def _of_rank(run: RunConfig, weights: Mapping[str, Tensor] | None, rank: int) -> Mapping[str, Tensor] | None:
+    return None if weights is None else to_megatron(weights, run.model, parallel=run.parallel, rank=rank)
