@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,10 @@ def experiments_dir() -> Path:
     return _packaged("experiments")
 
 
-def description(file: Path) -> str:
-    """The first comment line of a configuration file."""
-    with file.open(encoding="utf-8") as lines:
-        first = lines.readline()
-    return first.lstrip("#").strip() if first.startswith("#") else ""
-
-
-def header(file: Path) -> str:
-    """The comment block that a configuration file begins with."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return "\n".join(line[1:].removeprefix(" ") for line in lines[:count])
+def header(file: Path) -> list[str]:
+    """The comment lines that a configuration file begins with, without those that speak to Hydra."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return [line[1:].removeprefix(" ") for line in lines if not line.startswith("# @")]
 
 
 def _packaged(name: str) -> Path:

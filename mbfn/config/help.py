@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 from typing import get_args
 
 from mbfn.config.build import MISSING, dataclass_arms, field_hints, join
-from mbfn.config.groups import Catalog, description, header
+from mbfn.config.groups import Catalog, header
 from mbfn.config.schema import schema
 
 _FLAGS = """\
@@ -21,7 +21,7 @@ Flags
 
 def help_text(catalog: Catalog) -> str:
     """The header of the primary file, the groups with one line an option, the fields that no group fills."""
-    parts = [header(catalog.primary)]
+    parts = ["\n".join(header(catalog.primary))]
     groups = [group for group in catalog.defaults if catalog.options.get(group)]
     if groups:
         parts.append("Groups: one option each, GROUP=OPTION; single fields, GROUP.FIELD=VALUE\n" + _groups(catalog))
@@ -44,7 +44,7 @@ def _group(catalog: Catalog, group: str) -> Iterator[str]:
     yield f"  {group}"
     for option, file in sorted(options.items()):
         mark = "*" if catalog.defaults[group] == option else " "
-        yield f"  {mark} {option:<{width}}  {description(file)}".rstrip()
+        yield f"  {mark} {option:<{width}}  {next(iter(header(file)), '')}".rstrip()
 
 
 def _fields(cls: type, path: str = "", skip: Container[str] = ()) -> Iterator[tuple[str, str]]:

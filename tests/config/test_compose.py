@@ -12,7 +12,7 @@ import yaml
 from mbfn.config import ModelConfig, RunConfig, to_yaml
 from mbfn.config.build import build
 from mbfn.config.compose import compose
-from mbfn.config.groups import conf_dir, description, experiments_dir
+from mbfn.config.groups import conf_dir, experiments_dir, header
 from mbfn.errors import ConfigError
 
 OPTIONS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
@@ -47,7 +47,7 @@ _FIVE = ("optim.lr=1", "model.eos_token_id=[1,2]", "log.progress=false")
 @pytest.mark.parametrize("option", [str(path) for path in OPTIONS])
 def test_every_option_composes_and_says_what_it_is(option: str) -> None:
     group, _, name = option.partition("/")
-    assert description(conf_dir() / f"{option}.yaml"), "the first line has to be a comment"
+    assert header(conf_dir() / f"{option}.yaml"), "the first line has to be a comment"
     model = "llama31_405b" if "account_for" in (conf_dir() / f"{option}.yaml").read_text() else "llama31_70b"
     overrides = [f"model={model}", "train.global_batch_size=512", "train.micro_batch_size=1", "train.seq_length=8192"]
     config = compose(*(overrides if group == "parallel" else []), f"{group}={name}")
@@ -62,6 +62,7 @@ _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 
 @pytest.mark.parametrize("name", [str(path) for path in EXPERIMENTS])
 def test_every_experiment_composes(name: str) -> None:
+    assert header(experiments_dir() / f"{name}.yaml"), "the first line after @package has to be a comment"
     assert compose(f"+experiment={name}") == compose(f"experiment={name}")
 
 

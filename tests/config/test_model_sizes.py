@@ -1,0 +1,93 @@
+"""conf/model against published config.json files, transformers' own models and published parameter counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
+
+from mbfn.config.compose import compose
+from mbfn.config.groups import conf_dir
+from mbfn.families import model_from_hf
+
+FIXTURES = sorted((Path(__file__).parent / "fixtures/hf_configs").glob("*.json"))
+TINY = ("llama_tiny", "mistral_tiny", "qwen2_tiny", "qwen3_tiny")
+
+PUBLISHED = {  # tied embeddings counted once
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama31_8b": 8_030_261_248,
+    "llama31_70b": 70_553_706_496,
+    "llama31_405b": 405_853_388_800,
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+    "mistral01_7b": 7_241_732_096,
+    "mistral03_7b": 7_248_023_552,
+    "qwen2_0_5b": 494_032_768,
+    "qwen2_1_5b": 1_543_714_304,
+    "qwen2_7b": 7_615_616_512,
+    "qwen2_72b": 72_706_203_648,
+    "qwen25_3b": 3_085_938_688,
+    "qwen25_7b": 7_615_616_512,
+    "qwen25_14b": 14_770_033_664,
+    "qwen25_32b": 32_763_876_352,
+    "qwen25_72b": 72_706_203_648,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_the_yaml_is_the_published_config(path: Path) -> None:
+    assert compose(f"model={path.stem}").model == model_from_hf(load(path))
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_the_parameters_are_those_of_transformers_model(path: Path) -> None:
+    hf = load(path)
+    config = AutoConfig.for_model(hf.pop("model_type"), **hf)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert compose(f"model={path.stem}").model.num_parameters == count
+    assert PUBLISHED.get(path.stem, count) == count
+
+
+def test_every_size_has_a_fixture() -> None:
+    sizes = {path.stem for path in (conf_dir() / "model").glob("*.yaml")} - set(TINY)
+    assert sizes == {path.stem for path in FIXTURES}
+    assert sizes >= PUBLISHED.keys()
+
+
+DEFAULTS: list[tuple[str, str, PretrainedConfig, set[str]]] = [
+    # (size, architecture, its config class without arguments, fields where the class follows another release);
+    # Qwen2Config() and Qwen3Config() are of no published size
+    (
+        "llama2_7b",
+        "LlamaForCausalLM",
+        LlamaConfig(),
+        {"max_position_embeddings", "layernorm_epsilon", "params_dtype"},
+    ),
+    ("mistral01_7b", "MistralForCausalLM", MistralConfig(), {"max_position_embeddings", "layernorm_epsilon"}),
+]
+
+
+@pytest.mark.parametrize(("name", "architecture", "hf", "apart"), DEFAULTS, ids=[row[0] for row in DEFAULTS])
+def test_transformers_defaults_agree(name: str, architecture: str, hf: PretrainedConfig, apart: set[str]) -> None:
+    theirs = model_from_hf({**hf.to_dict(), "architectures": [architecture]})
+    ours = compose(f"model={name}").model
+    assert {field for field in ours.__dataclass_fields__ if getattr(ours, field) != getattr(theirs, field)} == apart
