@@ -2,11 +2,12 @@
 
 from mbfn.megatron import bootstrap  # first: before every module that imports megatron-core
 from mbfn.megatron.build import build, build_model, state_dict
-from mbfn.megatron.checkpoint import load, save
+from mbfn.megatron.checkpoint import load, load_model, save
 from mbfn.megatron.forward import generate, logits
 from mbfn.megatron.meta import meta_states
 from mbfn.megatron.optimizer import Models
 from mbfn.megatron.step import StepResult, eval_step, train_step
+from mbfn.megatron.weights import chunk_tensors
 from mbfn.megatron.world import World, open_world
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "bootstrap",
     "build",
     "build_model",
+    "chunk_tensors",
     "eval_step",
     "generate",
     "load",
+    "load_model",
     "logits",
     "meta_states",
     "open_world",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pickle
 import queue
-import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mbfn.config.run import RunConfig
 from mbfn.errors import CheckpointError
@@ -25,6 +27,7 @@ from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.optimizer import Models, gathered
 from mbfn.megatron.torch_adam import load_optimizer
 from mbfn.megatron.world import World
+from mbfn.storage.atomic import atomic_directory
 
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -32,88 +35,102 @@ _CONTENT = {
     "chained_optim_avoid_prefix": True,
 }
 _COMMON = "mbfn"
+_FAULTS = (CheckpointingException, CheckpointException, OSError, EOFError, KeyError, ValueError, RuntimeError)
 
 
-def save(directory: str | Path, run: RunConfig, world: World, models: Models, common: dict[str, Any]) -> None:
-    """Write weights, optimizer and `common` (plain values) to a new `directory`, which appears whole. Collective.
+def save(directory: str | Path, run: RunConfig, world: World, models: Models, common: Mapping[str, Any]) -> None:
+    """Write weights, optimizer and `common` (plain values) to `directory`, which appears whole. Collective.
 
     Raises: CheckpointError when it cannot be written.
     """
     target = Path(directory)
-    partial = target.parent / f".{target.name}.partial"
-    _on_first_rank(world, lambda: _fresh(target, partial))
-    with gathered(models):
-        state = _sharded_state(world, models, is_loading=False) | {_COMMON: common}
+    manifest = {"model": asdict(run.model), "parallel": asdict(run.parallel)}
+    with gathered(models), _shared_directory(target, manifest, world) as draft, _clear_faults(target, "cannot write"):
+        state = _model_state(world, models.chunks)
+        state |= {"optimizer": _optimizer_state(world, models, state, is_loading=False), _COMMON: dict(common)}
         # Megatron starts a process to hand results from a background writer; nothing is in the background here.
         with attributes(core_writer, {"_results_queue": queue.Queue()}):
-            dist_checkpointing.save(state, str(partial), TorchDistSaveShardedStrategy(), content_metadata={**_CONTENT})
-    _on_first_rank(world, lambda: _publish(partial, target))
+            dist_checkpointing.save(state, draft, TorchDistSaveShardedStrategy(), content_metadata=dict(_CONTENT))
 
 
 def load(directory: str | Path, run: RunConfig, world: World, models: Models) -> dict[str, Any]:
     """Set weights and optimizer from a checkpoint of any layout, and return its `common`. Collective.
 
-    Raises: CheckpointError for a directory that is no checkpoint or not of this model.
+    Raises: CheckpointError for a directory that is no checkpoint, or not of this model and optimizer.
     """
-    source = Path(directory)
-    if not (source / "metadata.json").is_file():
-        raise CheckpointError(f"{source}: expected a Megatron checkpoint, found no metadata.json in it")
-    try:
-        found = dist_checkpointing.load(
-            _sharded_state(world, models, is_loading=True), str(source), TorchDistLoadShardedStrategy()
-        )
-    except (CheckpointingException, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{source}: does not hold this model and optimizer: {_one_line(error)}") from error
-    for key, chunk in _named(models).items():
-        chunk.load_state_dict(found[key])
+    del run
+    state = _model_state(world, models.chunks)
+    state["optimizer"] = _optimizer_state(world, models, state, is_loading=True)
+    found = _read(Path(directory), state)
+    _set_weights(models.chunks, found)
     load_optimizer(models.optimizer, found["optimizer"])
     return found[_COMMON]
 
 
-def _sharded_state(world: World, models: Models, *, is_loading: bool) -> dict[str, Any]:
+def load_model(directory: str | Path, world: World, chunks: Sequence[LanguageModel]) -> None:
+    """Set weights alone from a checkpoint of any layout, with or without an optimizer in it. Collective.
+
+    Raises: CheckpointError for a directory that is no checkpoint, or not of this model.
+    """
+    _set_weights(chunks, _read(Path(directory), _model_state(world, chunks)))
+
+
+def _model_state(world: World, chunks: Sequence[LanguageModel]) -> dict[str, Any]:
     metadata = _CONTENT | {"dp_cp_group": world.groups.dp_cp}
-    state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(models).items()}
-    state["optimizer"] = models.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
 
 
-def _named(models: Models) -> dict[str, LanguageModel]:
-    if len(models.chunks) == 1:
-        return {"model": models.chunks[0]}
-    return {f"model{number}": chunk for number, chunk in enumerate(models.chunks)}
+def _optimizer_state(world: World, models: Models, state: dict[str, Any], *, is_loading: bool) -> Any:
+    metadata = _CONTENT | {"dp_cp_group": world.groups.dp_cp}
+    return models.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
 
 
-def _on_first_rank(world: World, action: Any) -> None:
-    """Run `action` on rank 0 while the others wait; its failure is every rank's error."""
-    failure: list[str | None] = [None]
+def _named(chunks: Sequence[LanguageModel]) -> dict[str, LanguageModel]:
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{number}": chunk for number, chunk in enumerate(chunks)}
+
+
+def _set_weights(chunks: Sequence[LanguageModel], found: Mapping[str, Any]) -> None:
+    for key, chunk in _named(chunks).items():
+        chunk.load_state_dict(found[key])
+
+
+def _read(source: Path, state: dict[str, Any]) -> dict[str, Any]:
+    if not (source / "metadata.json").is_file():
+        raise CheckpointError(f"{source}: expected a Megatron checkpoint, found no metadata.json in it")
+    with _clear_faults(source, "broken, or not of this model and optimizer"):
+        return dist_checkpointing.load(state, str(source), TorchDistLoadShardedStrategy())
+
+
+@contextlib.contextmanager
+def _shared_directory(target: Path, manifest: Mapping[str, Any], world: World) -> Iterator[str]:
+    """One atomic directory that all ranks fill; rank 0 opens it and puts it in place."""
+    with contextlib.ExitStack() as stack:
+        opened = atomic_directory(target, kind="torch_dist", manifest=manifest)
+        yield _on_first_rank(world, lambda: str(stack.enter_context(opened)))
+        dist.barrier()
+        _on_first_rank(world, stack.close)
+
+
+def _on_first_rank(world: World, action: Callable[[], Any]) -> Any:
+    """The result of `action` on rank 0, on every rank; its failure is every rank's error."""
+    outcome: list[Any] = [None, None]
     if world.rank == 0:
         try:
-            action()
-        except OSError as error:
-            failure[0] = f"{error.filename or ''}: cannot write the checkpoint: {error.strerror or error}"
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+            outcome[0] = action()
+        except CheckpointError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]
 
 
-def _fresh(target: Path, partial: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-
-
-def _publish(partial: Path, target: Path) -> None:
-    for path in (*partial.iterdir(), partial):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    old = target.parent / f".{target.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+@contextlib.contextmanager
+def _clear_faults(path: Path, what: str) -> Iterator[None]:
+    """Megatron's and torch's many ways to fail, as one line about `path`."""
+    try:
+        yield
+    except (*_FAULTS, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: {what}: {' '.join(str(error).split())[:300]}") from error
