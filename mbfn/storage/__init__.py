@@ -3,7 +3,9 @@
 from mbfn.storage.atomic import atomic_directory, read_manifest
 from mbfn.storage.dist_metadata import ChunkMeta, GlobalMeta
 from mbfn.storage.hf import HfDirectory, open_hf
-from mbfn.storage.hf_write import Declared, carried_files, save_hf
+from mbfn.storage.hf_shards import Declared
+from mbfn.storage.hf_write import Streamed, carried_files, save_hf
+from mbfn.storage.planned import reader, streamed
 from mbfn.storage.regions import RegionSource, TensorMeta
 from mbfn.storage.torch_dist import TorchDistCheckpoint, open_torch_dist
 from mbfn.storage.torch_dist_write import HF_FOLDER, Chunk, extra_states, write_torch_dist
@@ -16,6 +18,7 @@ __all__ = [
     "GlobalMeta",
     "HfDirectory",
     "RegionSource",
+    "Streamed",
     "TensorMeta",
     "TorchDistCheckpoint",
     "atomic_directory",
@@ -24,6 +27,8 @@ __all__ = [
     "open_hf",
     "open_torch_dist",
     "read_manifest",
+    "reader",
     "save_hf",
+    "streamed",
     "write_torch_dist",
 ]

@@ -173,7 +173,7 @@ def check_cover(
         and all(a >= 0 and b > 0 and a + b <= n for a, b, n in zip(offset, size, shape, strict=True))
         for offset, size in chunks
     )
-    if not fits and math.prod(shape):
+    if not fits and _numel(shape):
         raise CheckpointError(f"{path}: {key}: a chunk leaves the tensor of shape {shape}; save the checkpoint again")
     total = sum(_numel(size) for _, size in chunks)
     if total != math.prod(shape):

@@ -65,9 +65,9 @@ def read_header(fd: int, path: Path) -> dict[str, TensorMeta]:
 
 
 def make_header(
-    tensors: Iterable[tuple[str, torch.Size | tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str], *, room: int = 0
 ) -> bytes:
-    """The first bytes of a file that holds `tensors` in this order; the data starts 8-byte aligned."""
+    """The first bytes of a file that holds `tensors` in this order; padded to `room` bytes, else to the next 8."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, shape, dtype in tensors:
@@ -75,7 +75,7 @@ def make_header(
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (room - 8 - len(text) if room else -len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 

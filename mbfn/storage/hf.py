@@ -39,9 +39,7 @@ class HfDirectory(Mapping[str, Tensor]):
         """Read one whole tensor."""
         meta = self.metas[name]
         tensor = torch.empty(meta.shape, dtype=meta.dtype)
-        read_exactly(
-            self._fds[meta.file], memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), meta.offset, meta.file
-        )
+        read_exactly(self._fd(meta), memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), meta.offset, meta.file)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

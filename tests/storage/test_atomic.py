@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mbfn.errors import CheckpointError
-from mbfn.storage import open_hf, save_hf
+from mbfn.storage import Declared, open_hf, save_hf
 from mbfn.storage.atomic import MANIFEST, atomic_directory, replace_by_renames
 
 
@@ -98,7 +98,7 @@ def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
 
 def test_a_full_disk(tiny_disk: Path) -> None:
     with pytest.raises(CheckpointError, match=r"needs 0\.01 GB, the disk has 0\.00 GB free"):
-        export(tiny_disk / "out", 1, count=800)
+        save_hf(tiny_disk / "out", {}, config={}, plan=[Declared(name="t", shape=(9_000_000,), dtype=torch.uint8)])
     with (
         pytest.raises(CheckpointError, match="disk is full or its quota reached; nothing was left there"),
         atomic_directory(tiny_disk / "out", kind="hf", manifest={}) as draft,
