@@ -85,7 +85,7 @@ def checkpoint_chunks(table: Table, parallel: ParallelConfig) -> Iterator[tuple[
     """(rank, chunk) of the Megatron-core checkpoint that a run of this layout writes, each box once."""
     for rank in range(parallel.world_size):
         for local in rank_tensors(table, parallel, rank, "te"):
-            if is_main_replica(local.tensor, parallel, rank):
+            if is_main_replica(local.tensor, parallel, rank) and not local.tensor.rule.tied:
                 yield from ((rank, _chunk(local.tensor, piece, table)) for piece in local.pieces)
 
 
@@ -97,6 +97,12 @@ def checkpoint_hf_plans(table: Table) -> Iterator[TensorPlan]:
             key, global_shape, at = checkpoint_place(tensor, table)
             copies.append(_in_stack(inverse(copy, key), tensor.shape, global_shape, at))
         yield TensorPlan(name, shape, tuple(copies), copies[0].source)
+
+
+def checkpoint_shapes(table: Table) -> dict[str, Shape]:
+    """Key and shape of every tensor in the Megatron-core checkpoint of this model."""
+    places = (checkpoint_place(tensor, table) for tensor in table.tensors.values() if not tensor.rule.tied)
+    return {key: shape for key, shape, _ in places}
 
 
 def checkpoint_place(tensor: GlobalTensor, table: Table) -> tuple[str, Shape, Shape]:

@@ -61,12 +61,9 @@ def gather(plan: TensorPlan, source: Mapping[str, Tensor]) -> Tensor:
 
     Raises: ConversionError when its parts differ in dtype.
     """
-    dtypes = {name: dtype_of(source, name) for name in (plan.like, *(copy.source for copy in plan.copies))}
-    if len(set(dtypes.values())) > 1:
-        found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ConversionError(f"{plan.name}: expected parts of one dtype, found {found}")
+    dtype = one_dtype(plan, source)
     make = torch.zeros if plan.padding else torch.empty
-    out = make(plan.shape, dtype=dtypes[plan.like])
+    out = make(plan.shape, dtype=dtype)
     fill(plan, source, out)
     return out
 
@@ -84,6 +81,18 @@ def fill(plan: TensorPlan, source: Mapping[str, Tensor], out: Tensor) -> None:
         tensor = whole[copy.source]
         part = tensor.as_strided(copy.shape, copy.src_strides, tensor.storage_offset() + copy.src_offset)
         out.as_strided(copy.shape, copy.dst_strides, out.storage_offset() + copy.dst_offset).copy_(part)
+
+
+def one_dtype(plan: TensorPlan, source: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that all parts of a planned tensor have.
+
+    Raises: ConversionError naming parts that differ.
+    """
+    found = {name: dtype_of(source, name) for name in (plan.like, *(copy.source for copy in plan.copies))}
+    if len(set(found.values())) > 1:
+        parts = ", ".join(f"{name} {dtype}" for name, dtype in found.items())
+        raise ConversionError(f"{plan.name}: expected parts of one dtype, found {parts}")
+    return found[plan.like]
 
 
 def dtype_of(source: Mapping[str, Tensor], name: str) -> torch.dtype:

@@ -20,11 +20,15 @@ Impl = Literal["local", "te"]
 Law = Literal["iso", "section"]
 
 
-@lru_cache(maxsize=16)
 def table_of(model: ModelConfig, parallel: ParallelConfig) -> Table:
-    """The weight rules of `model`, sized for `parallel` (which only sets how far the vocabulary is padded)."""
-    sizes = axis_sizes(model, padded_vocab_size(model, parallel))
-    return Table(model, family_of(model).rules(model), sizes)
+    """The weight rules of `model`, sized for `parallel`, which only sets how far the vocabulary is padded."""
+    return table_padded(model, padded_vocab_size(model, parallel))
+
+
+@lru_cache(maxsize=16)
+def table_padded(model: ModelConfig, padded_vocab: int) -> Table:
+    """The weight rules of `model` with embeddings of `padded_vocab` rows on Megatron's side."""
+    return Table(model, family_of(model).rules(model), axis_sizes(model, padded_vocab))
 
 
 def law(rule: Rule, sizes: Sizes) -> Law:
