@@ -115,6 +115,9 @@ def _compose(catalog: Catalog, overrides: Sequence[str]) -> tuple[dict[str, Any]
         del composed["hydra"]
         tree = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(tree, dict)
+    if "experiment" in tree and "experiment" in catalog.options:
+        file = catalog.options["experiment"].get(str(choices["experiment"]), "its file")
+        raise ConfigError([("experiment", f"{file}: the first line has to be `# @package _global_`")])
     return {str(key): value for key, value in tree.items()}, choices
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 
-from mbfn.config import ModelConfig, RunConfig, to_yaml
+from mbfn.config import ModelConfig, RopeScaling, RunConfig, to_yaml
 from mbfn.config.build import build
-from mbfn.config.compose import compose
+from mbfn.config.compose import compose, compose_as
 from mbfn.config.groups import conf_dir, experiments_dir, header
 from mbfn.errors import ConfigError
 
@@ -162,6 +163,13 @@ def test_broken_files_of_users(mine: Path) -> None:
     )
 
 
+def test_an_experiment_without_its_package(mine: Path) -> None:
+    file = write(mine / "experiment/bare.yaml", "# Bare\ntrain:\n  steps: 3\n")
+    assert message("experiment=bare", conf_dirs=[mine]) == (
+        f"experiment: {file}: the first line has to be `# @package _global_`"
+    )
+
+
 def test_one_option_in_two_places(mine: Path) -> None:
     ours, theirs = conf_dir() / "model/llama_tiny.yaml", write(mine / "model/llama_tiny.yaml", "family: x\n")
     assert message(conf_dirs=[mine]) == f"model=llama_tiny: is both {ours} and {theirs}; rename yours"
@@ -218,3 +226,40 @@ def test_composing_inside_a_hydra_job_leaves_it_alone() -> None:
         compose("train.steps=3")
         assert GlobalHydra.instance().hydra is outer
     assert not GlobalHydra.instance().is_initialized()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    kind: Literal["whole"] = "whole"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    kind: Literal["low_rank"] = "low_rank"
+    rank: int = 8
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    adapter: Whole | LowRank = Whole()
+    rope: RopeScaling | None = None
+
+
+def test_a_group_whose_options_are_of_different_classes(tmp_path: Path) -> None:
+    write(tmp_path / "tune.yaml", "defaults: [tune_schema, {adapter: whole}, _self_]\n")
+    write(tmp_path / "adapter/whole.yaml", "kind: whole\n")
+    write(tmp_path / "adapter/low_rank.yaml", "kind: low_rank\nrank: 4\n")
+
+    def tune(*overrides: str) -> TuneConfig:
+        return compose_as(TuneConfig, "tune", *overrides, conf_dirs=[tmp_path])
+
+    assert tune() == TuneConfig()
+    assert tune("adapter=low_rank").adapter == LowRank(rank=4)
+    assert tune("adapter=low_rank", "adapter.alpha=2", "rope.factor=3") == TuneConfig(
+        adapter=LowRank(rank=4, alpha=2.0), rope=RopeScaling(factor=3.0)
+    )
+    with pytest.raises(ConfigError, match="^adapter.rank: no such field; choose among adapter.kind$"):
+        tune("adapter.rank=3")
+    with pytest.raises(ConfigError, match=r"^adapter.rnk: no such field; did you mean 'adapter.rank'\?$"):
+        tune("adapter=low_rank", "adapter.rnk=3")
