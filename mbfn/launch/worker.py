@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from mbfn.launch.failures import write_failure
 from mbfn.train.job import run_job
 from mbfn.train.stop import listen
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def run_rank(work: Callable[[], int], logs: Path) -> NoReturn:
     """End this process with the exit code of `work`, its failure noted for the launcher if there is one.
@@ -20,6 +24,7 @@ def run_rank(work: Callable[[], int], logs: Path) -> NoReturn:
     Rank 0 writes to the terminal, every other one to `logs/rank_N.log`.
     """
     rank = int(os.environ["RANK"])
+    _end_with_launcher()
     if rank:
         _redirect(logs / f"rank_{rank}.log")
     try:
@@ -31,6 +36,11 @@ def run_rank(work: Callable[[], int], logs: Path) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # destructors of a broken process group can hang
+
+
+def _end_with_launcher() -> None:
+    """Have the kernel kill this process should the launcher die without a word: ranks left behind would write on."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _redirect(log: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 RANKS = 3
@@ -33,7 +34,7 @@ logs = Path(sys.argv[0]).parent / "logs"
 rank = int(os.environ["RANK"])
 stop = listen()
 def wait():
-    (logs / f"rank_{rank}.ready").touch()
+    (logs / f"rank_{rank}.ready").write_text(str(os.getpid()))
     while not stop():
         time.sleep(0.02)
     return stop()
@@ -107,3 +108,14 @@ def test_a_signal_reaches_every_rank_and_lets_it_finish(tmp_path: Path, number: 
     assert out == f"saved {int(number)}\n"
     for rank in range(1, RANKS):
         assert (tmp_path / "logs" / f"rank_{rank}.log").read_text() == f"saved {int(number)}\n"
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+    process = launch(tmp_path, "return wait() * 0")
+    ready(tmp_path)
+    ranks = [psutil.Process(int(path.read_text())) for path in (tmp_path / "logs").glob("rank_*.ready")]
+    process.kill()
+    process.communicate(timeout=30)
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert len(gone) == RANKS
+    assert not alive
