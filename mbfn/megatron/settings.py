@@ -76,6 +76,7 @@ def core_config(
         transformer_impl="transformer_engine" if impl == "te" else "local",
         persist_layer_norm=False,
         masked_softmax_fusion=False,
+        cuda_graph_modules=[],
         **_layout(parallel),
         **_window(model),
         **_fusions(impl, cpu=cpu),
