@@ -1,6 +1,7 @@
 """Weights on disk: safetensors and Megatron (torch_dist) checkpoints as lazy mappings and atomic writers."""
 
 from mbfn.storage.atomic import atomic_directory, read_manifest
+from mbfn.storage.digests import check_digests
 from mbfn.storage.dist_metadata import ChunkMeta, GlobalMeta
 from mbfn.storage.hf import HfDirectory, open_hf
 from mbfn.storage.hf_shards import Declared
@@ -23,6 +24,7 @@ __all__ = [
     "TorchDistCheckpoint",
     "atomic_directory",
     "carried_files",
+    "check_digests",
     "extra_states",
     "open_hf",
     "open_torch_dist",

@@ -28,6 +28,8 @@ EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
@@ -93,7 +95,11 @@ def write_torch_dist(
 
 
 def extra_states(num_layers: int, modules: Sequence[str] = EXTRA_STATES) -> dict[str, None]:
-    """The `_extra_state` objects that a GPTModel asks a checkpoint for: empty unless weights are in FP8."""
+    """The `_extra_state` objects that a GPTModel asks for, whether of local or Transformer Engine modules.
+
+    They hold FP8 scales and are empty otherwise. Loading fails where one is missing and passes over those that the
+    model does not have (at megatron-core's default strictness).
+    """
     layers = {
         f"decoder.layers.{module}._extra_state/shard_{i}_{num_layers}": None
         for i in range(num_layers)

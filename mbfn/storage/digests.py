@@ -1,0 +1,68 @@
+"""The CRC-32s noted when a directory was written, against the bytes that are there now: a flipped bit shows."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from mbfn.errors import CheckpointError
+from mbfn.storage.atomic import MANIFEST, read_manifest
+from mbfn.storage.hf import open_hf
+from mbfn.storage.streams import BUFFER, run_all
+from mbfn.storage.torch_dist import open_torch_dist
+
+type Part = tuple[str, Path, int, int, int]  # tensor, file, place, bytes, the CRC-32 noted
+
+
+def check_digests(path: str | os.PathLike[str], *, workers: int = 2) -> int:
+    """Read every weight of an export or a checkpoint; returns how many parts were compared.
+
+    Exports of other tools note nothing, so there is nothing to compare: 0.
+    Raises: CheckpointError that names the first tensor and file that changed, and how many did.
+    """
+    root = Path(path)
+    parts = list(_checkpoint_parts(root) if (root / "metadata.json").exists() else _export_parts(root))
+    found = run_all((partial(_crc, *part[1:4]) for part in parts), workers)
+    changed = [part for part, crc in zip(parts, found, strict=True) if crc != part[4]]
+    if changed:
+        name, file, *_ = changed[0]
+        raise CheckpointError(
+            f"{file}: {name}: bytes changed since it was written ({len(changed)} such); copy it again"
+        )
+    return len(parts)
+
+
+def _checkpoint_parts(root: Path) -> Iterator[Part]:
+    with open_torch_dist(root) as checkpoint:
+        for key, meta in checkpoint.metas.items():
+            for chunk in meta.chunks:
+                entry = checkpoint.archive(key, chunk)
+                yield f"{key} at {list(chunk.offset)}", chunk.file, entry.position, entry.nbytes, entry.crc
+
+
+def _export_parts(root: Path) -> Iterator[Part]:
+    noted = read_manifest(root).get("crc32", {})
+    with open_hf(root) as hf:
+        if noted and noted.keys() != hf.keys():
+            name = min(noted.keys() ^ hf.keys())
+            raise CheckpointError(f"{root / MANIFEST}: {name}: not the tensors of this directory; export it again")
+        for name, crc in noted.items():
+            meta = hf.meta(name)
+            yield name, meta.file, meta.offset, meta.nbytes, crc
+
+
+def _crc(file: Path, place: int, nbytes: int) -> int:
+    crc = 0
+    buffer = memoryview(bytearray(min(BUFFER, nbytes)))
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(place)
+        while nbytes:
+            count = stream.readinto(buffer[:nbytes])
+            if not count:
+                raise CheckpointError(f"{file}: cut short: {nbytes} bytes of its tensors are missing")
+            crc = zlib.crc32(buffer[:count], crc)
+            nbytes -= count
+    return crc
