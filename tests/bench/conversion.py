@@ -16,6 +16,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mbfn.config.model import ModelConfig
 
 ACTS = {
     "imports": "None",
@@ -61,16 +65,21 @@ def report(rows: dict[str, dict[str, float]], size: int) -> None:
 
 
 def make_source(model_name: str, target: Path) -> None:
-    """A Hugging Face directory of random bf16 weights in the named size."""
-    if target.exists():
-        return
+    """A Hugging Face directory of the named size, made once."""
+    import mbfn
+
+    if not target.exists():
+        write_noise(mbfn.compose(f"model={model_name}").model, target)
+
+
+def write_noise(model: ModelConfig, target: Path) -> None:
+    """A Hugging Face directory of random bf16 weights."""
     import torch
 
     import mbfn
     from mbfn.convert.table import table_of
     from mbfn.storage import Declared, Streamed
 
-    model = mbfn.compose(f"model={model_name}").model
     noise = torch.randn(1 << 20).to(torch.bfloat16)
 
     def read(start: int, stop: int, out: torch.Tensor) -> None:
