@@ -1,8 +1,8 @@
 """Runs what the pages show: every block under a `<!-- run -->` mark, in order, in one directory a page.
 
-A mark stands on the line before a fenced block. In a `console` block the lines that begin with `$ ` are run by bash, in a
-`python` block the whole is one program. `<!-- run: slow -->` leaves the page's test to the slow ones. `<!-- file: NAME -->`
-writes the block to that file instead.
+A mark stands on the line before a fenced block. In a `console` block the lines that begin with `$ ` are run by bash, in
+a `python` block the whole is one program. `<!-- run: slow -->` leaves the page's test to the slow ones.
+`<!-- file: NAME -->` writes the block to that file instead.
 """
 
 from __future__ import annotations
