@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from mbfn.errors import CheckpointError
 from mbfn.megatron.device import attributes
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.optimizer import Models, gathered
-from mbfn.megatron.torch_adam import load_optimizer
+from mbfn.megatron.optimizer_state import exact_states, load_optimizer
 from mbfn.megatron.world import World
 from mbfn.storage.atomic import atomic_directory
 
@@ -82,7 +83,8 @@ def _model_state(world: World, chunks: Sequence[LanguageModel]) -> dict[str, Any
 
 def _optimizer_state(world: World, models: Models, state: dict[str, Any], *, is_loading: bool) -> Any:
     metadata = _CONTENT | {"dp_cp_group": world.groups.dp_cp}
-    return models.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    with exact_states(models.optimizer):
+        return models.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
 
 
 def _named(chunks: Sequence[LanguageModel]) -> dict[str, LanguageModel]:
@@ -92,8 +94,11 @@ def _named(chunks: Sequence[LanguageModel]) -> dict[str, LanguageModel]:
 
 
 def _set_weights(chunks: Sequence[LanguageModel], found: Mapping[str, Any]) -> None:
-    for key, chunk in _named(chunks).items():
-        chunk.load_state_dict(found[key])
+    # Transformer Engine keeps the scaling history of delayed FP8 as a pickle, which it asks leave to read. A checkpoint
+    # is trusted as a whole: Megatron reads its common state as a pickle too.
+    with _environment("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
+        for key, chunk in _named(chunks).items():
+            chunk.load_state_dict(found[key])
 
 
 def _read(source: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +130,19 @@ def _on_first_rank(world: World, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise CheckpointError(outcome[1])
     return outcome[0]
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

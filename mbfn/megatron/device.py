@@ -115,11 +115,14 @@ def _is_cuda(device: object) -> bool:
 @contextlib.contextmanager
 def attributes(owner: Any, values: dict[str, Any]) -> Iterator[None]:
     """`owner` with other `values` of its attributes, inside the `with`."""
-    saved = {name: getattr(owner, name) for name in values}
+    saved = {name: vars(owner)[name] for name in values if name in vars(owner)}
     for name, value in values.items():
         setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, value in saved.items():
-            setattr(owner, name, value)
+        for name in values:
+            if name in saved:
+                setattr(owner, name, saved[name])
+            else:
+                delattr(owner, name)

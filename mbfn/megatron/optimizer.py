@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron.model import LanguageModel
+from mbfn.megatron.optimizer_state import prime
 from mbfn.megatron.settings import Impl, ddp_config, optimizer_config
-from mbfn.megatron.torch_adam import prime
 from mbfn.megatron.world import World
 
 

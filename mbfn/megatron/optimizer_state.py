@@ -1,0 +1,107 @@
+"""Optimizer states that survive a checkpoint exactly: what Megatron's own save and load leave out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from mbfn.megatron.device import attributes
+
+
+def prime(optimizer: MegatronOptimizer) -> None:
+    """Make torch's AdamW state as its first step would: a checkpoint before that step, and loading one, need it."""
+    for part in _parts(optimizer):
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                part.optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+@contextlib.contextmanager
+def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, distributed optimizers give and take every state in fp32, master weights whole."""
+    with contextlib.ExitStack() as stack:
+        for part in _parts(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                changed = {
+                    "_get_main_param_and_optimizer_states": _getter(part),
+                    "_set_main_param_and_optimizer_states": _setter(part),
+                }
+                stack.enter_context(attributes(part, changed))
+        yield
+
+
+def load_optimizer(optimizer: MegatronOptimizer, state: Any) -> None:
+    """Set an optimizer from what `dist_checkpointing.load` returned for it, so that the next step is the one it had."""
+    with exact_states(optimizer):
+        optimizer.load_state_dict(state)
+    for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
+            _own_steps(part.optimizer)
+
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 weight of which Transformer Engine keeps a bf16 and, as int16, how far its bits lie from it.
+
+    Inverse: `master_remainder`.
+    """
+    bits = (param.contiguous().view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def master_remainder(master: Tensor) -> Tensor:
+    """The low 16 bits of an fp32 weight, signed: the bf16 beside them is the weight rounded to nearest."""
+    return master.contiguous().view(torch.int32).to(torch.int16)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _getter(part: DistributedOptimizer) -> Callable[[torch.nn.Parameter], dict[str, Tensor]]:
+    """Megatron's getter, which would give the remainders of bf16 weights for the weights."""
+    get = part._get_main_param_and_optimizer_states
+
+    def states(model_param: torch.nn.Parameter) -> dict[str, Tensor]:
+        tensors = get(model_param)
+        if tensors["param"].dtype == torch.int16:
+            group, order = part.model_param_group_index_map[model_param]
+            shard = part.optimizer.param_groups[group]["params"][order]
+            tensors["param"] = join_master(shard.detach(), tensors["param"])
+        return tensors
+
+    return states
+
+
+def _setter(part: DistributedOptimizer) -> Callable[[torch.nn.Parameter, dict[str, Any]], None]:
+    """Megatron's setter; it also looks up the `step` that torch keeps as a tensor, which a checkpoint does not hold."""
+    put, config = part._set_main_param_and_optimizer_states, part.config
+    aware = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    remainders = aware and config.store_param_remainders and config.bf16
+
+    def set_states(model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        if remainders:
+            tensors = {**tensors, "param": master_remainder(tensors["param"])}
+        with torch.no_grad():
+            put(model_param, {"step": None, **tensors})
+
+    return set_states
+
+
+def _own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Megatron hands one step tensor to all parameters, and torch would then count it once for each of them."""
+    for group in optimizer.param_groups:
+        step = float(group.pop("step"))
+        for param in group["params"]:
+            optimizer.state[param]["step"] = torch.tensor(step)
