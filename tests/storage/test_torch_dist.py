@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pickle
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert import to_megatron
-from mbfn.convert.copies import Copy
+from mbfn.convert.copies import Copy, contiguous_strides
 from mbfn.convert.plans import checkpoint_chunks, checkpoint_hf_plans
 from mbfn.convert.states import gather
 from mbfn.convert.table import table_of
@@ -158,6 +161,45 @@ def test_a_region_of_a_checkpoint(tmp_path: Path) -> None:
         checkpoint.read_into(Copy("t", (4, 6, 7), 80 + 10 + 2, (80, 10, 1), 0, (42, 7, 1)), out)
         assert torch.equal(out, tensor[1:5, 1:7, 2:9])
         assert read_manifest(tmp_path / "out")["kind"] == "torch_dist"
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]], Copy]:
+    """A shape, where each of its dimensions is cut, and a copy of a box of it."""
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    cuts = [sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))}) for size in shape]
+    start = tuple(draw(st.integers(0, size - 1)) for size in shape)
+    box = tuple(draw(st.integers(1, size - first)) for first, size in zip(start, shape, strict=True))
+    steps = contiguous_strides(shape)
+    offset = sum(a * b for a, b in zip(start, steps, strict=True))
+    return shape, cuts, Copy("t", box, offset, steps, 0, contiguous_strides(box))
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids())
+def test_any_grid_of_chunks(tmp_path_factory: pytest.TempPathFactory, grid: tuple) -> None:
+    shape, cuts, copy = grid
+    tensor = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+    boxes = itertools.product(*(itertools.pairwise(cut) for cut in cuts))
+    chunks = [
+        Chunk(
+            key="t",
+            global_shape=shape,
+            offset=tuple(a for a, _ in box),
+            shape=tuple(b - a for a, b in box),
+            dtype=tensor.dtype,
+            data=tensor[tuple(slice(a, b) for a, b in box)],
+            rank=number % 3,
+        )
+        for number, box in enumerate(boxes)
+    ]
+    path = tmp_path_factory.mktemp("grid") / "out"
+    write_torch_dist(path, chunks)
+    out = torch.zeros(copy.shape, dtype=tensor.dtype)
+    with open_torch_dist(path) as checkpoint:
+        assert torch.equal(checkpoint["t"], tensor)
+        checkpoint.read_into(copy, out)
+    assert torch.equal(out, tensor.as_strided(copy.shape, copy.src_strides, copy.src_offset))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
