@@ -8,6 +8,9 @@ from typing import Literal
 from mbfn.errors import ConfigError, require
 
 
+Recompute = Literal["none", "full"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One optimizer step sees `global_batch_size` sequences of `seq_length` tokens."""
@@ -16,6 +19,7 @@ class TrainConfig:
     global_batch_size: int = 16
     micro_batch_size: int = 4
     seq_length: int = 256
+    recompute: Recompute = "none"  # activations made again in the backward pass: full keeps only each layer's input
     seed: int = 1234
     eval_interval: int = 25  # steps between evaluations; 0: none
     eval_batches: int = 2  # global batches of held-out text an evaluation
@@ -77,15 +81,31 @@ class LogConfig:
 class LaunchConfig:
     """How the ranks start.
 
-    `auto`: the ranks that torchrun or srun started, else this process alone; `local`: that many processes here.
+    `auto`: the ranks that torchrun or srun started, else this process alone; `local`: that many processes here;
+    `slurm`: a job of a Slurm cluster, with the fields from `time_min` on and those of the `site` group.
     """
 
-    kind: Literal["auto", "local"] = "auto"
+    kind: Literal["auto", "local", "slurm"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     timeout_s: int = 1800  # a collective that waits longer ends the run
+    time_min: int = 240  # time limit of one start of the job
+    signal_s: int = 180  # before that limit the run is told to save; longer than the longest step and save together
+    max_requeues: int = 20  # new starts after a time limit, a preemption or a lost node; 0: never
+    dependency: str = ""  # as sbatch takes it: afterok:ID, afterany:ID, singleton
+    job_name: str = "mbfn"
+    poll_s: float = 5.0  # seconds between two questions about the job
+    detach: bool = False  # come back as soon as the job is in the queue
+    dry_run: bool = False  # print the batch script, submit nothing
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
-        require(self.timeout_s >= 1, "timeout_s", f"expected at least 1, got {self.timeout_s}", problems)
+        for name, least in (("timeout_s", 1), ("time_min", 1), ("signal_s", 1), ("max_requeues", 0)):
+            value = getattr(self, name)
+            require(value >= least, name, f"expected at least {least}, got {value}", problems)
+        require(self.poll_s > 0, "poll_s", f"expected more than 0, got {self.poll_s}", problems)
+        limit = 60 * self.time_min
+        text = f"{self.signal_s} s leave nothing of time_min={self.time_min}; expected less than {limit}"
+        require(self.signal_s < limit, "signal_s", text, problems)
+        require("\n" not in self.dependency + self.job_name, "job_name", "expected one line", problems)
         if problems:
             raise ConfigError(problems)

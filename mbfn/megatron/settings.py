@@ -15,6 +15,7 @@ from mbfn.config.model import Dtype, ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
+from mbfn.config.train import Recompute
 from mbfn.convert.table import Impl
 from mbfn.errors import LaunchError
 from mbfn.megatron.bootstrap import has_transformer_engine
@@ -41,11 +42,18 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
                 f"precision.{field}: {getattr(run.precision, field)} needs Transformer Engine on a CUDA GPU, "
                 f"this is {world.device.type} with the local modules; use precision=bf16 with fp32 states, or fp32"
             )
-    return core_config(run.model, run.parallel, run.precision, impl=impl, cpu=world.device.type == "cpu")
+    cpu, recompute = world.device.type == "cpu", run.train.recompute
+    return core_config(run.model, run.parallel, run.precision, impl=impl, cpu=cpu, recompute=recompute)
 
 
 def core_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, impl: Impl, cpu: bool
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    impl: Impl,
+    cpu: bool,
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's model settings. Weights are never initialised by Megatron: `mbfn.megatron.weights` sets every one."""
     dtype = DTYPES[precision.params]
@@ -81,6 +89,7 @@ def core_config(
         **_window(model),
         **_fusions(impl, cpu=cpu),
         **_fp8(precision),
+        **_recompute(recompute),
     )
 
 
@@ -164,6 +173,12 @@ def _fusions(impl: Impl, *, cpu: bool) -> dict[str, Any]:
         "bias_activation_fusion": not cpu,
         "bias_dropout_fusion": not cpu,
     }
+
+
+def _recompute(recompute: Recompute) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
