@@ -15,14 +15,14 @@ Recompute = Literal["none", "full"]
 class TrainConfig:
     """One optimizer step sees `global_batch_size` sequences of `seq_length` tokens."""
 
-    steps: int = 100
-    global_batch_size: int = 16
+    steps: int = 400
+    global_batch_size: int = 8
     micro_batch_size: int = 4
-    seq_length: int = 256
+    seq_length: int = 128
     recompute: Recompute = "none"  # activations made again in the backward pass: full keeps only each layer's input
     seed: int = 1234
-    eval_interval: int = 25  # steps between evaluations; 0: none
-    eval_batches: int = 2  # global batches of held-out text an evaluation
+    eval_interval: int = 50  # steps between evaluations; 0: none
+    eval_batches: int = 4  # global batches of held-out text an evaluation
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
@@ -66,8 +66,8 @@ class LogConfig:
     progress: bool = True  # a live bar on a terminal, plain lines elsewhere
     interval: int = 1  # steps between records of metrics.jsonl
     curve: bool = True  # the loss curve as curve.png
-    sample_prompt: str = "The "  # continued by the trained model at the end; empty: nothing
-    sample_tokens: int = 48
+    sample_prompt: str = "The"  # continued by the trained model at the end; empty: nothing
+    sample_tokens: int = 80
     debug_checks: bool = False  # chex assertions on the shapes and dtypes of every batch and metric
 
     def __post_init__(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mbfn.errors import DataError
 
 BUILTIN = "builtin:python-reference"
+_TABLE = re.compile(r"\s*(\|.*\||\+[-=+]+)\s*")
 _BLOCK = 1 << 20  # characters tokenised as one string
 
 
@@ -79,4 +81,10 @@ def _python_reference() -> tuple[str, ...]:
         raise DataError(
             f"data.path: this Python ships without pydoc_data, which {BUILTIN} reads; name a file"
         ) from error
-    return ("\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n",)
+    return ("\n\n".join(_prose(topics[name]) for name in sorted(topics)) + "\n",)
+
+
+def _prose(topic: str) -> str:
+    """The topic without the frames and rows of its tables, which a small model learns before it learns words."""
+    lines = (line for line in topic.strip("\n").split("\n") if not _TABLE.fullmatch(line))
+    return "\n".join(lines)

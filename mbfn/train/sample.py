@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 LARGEST = 3_000_000_000  # parameters that are worth loading a second time for a few lines of text
-_TOP_K = 40
-_TEMPERATURE = 0.8
+_TOP_K = 20
+_TEMPERATURE = 0.7
 
 
 def sample(directory: Path, tokenizer_file: Path, prompt: str, *, tokens: int, seed: int) -> str:
