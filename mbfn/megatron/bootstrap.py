@@ -39,12 +39,20 @@ def _load_core() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if has_transformer_engine() and importlib.util.find_spec(_WGRAD) is None:
         sys.modules[_WGRAD] = _wgrad_module()
-    eager = contextlib.nullcontext() if torch.cuda.is_available() else _no_compile()
+    eager = _static_shapes() if torch.cuda.is_available() else _no_compile()
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", module=r"megatron\.")
     with warnings.catch_warnings(), eager:
         warnings.simplefilter("ignore")
+
+
+def _static_shapes() -> contextlib.AbstractContextManager[None]:
+    """Compile fused functions for each shape: at the second one torch else makes a kernel for all, 3 times slower."""
+    import torch._dynamo
+
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

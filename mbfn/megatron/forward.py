@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -64,6 +65,8 @@ def _padded(tokens: Tensor, world: World) -> Tensor:
     """Tokens, padded to a length that sequence and context parallelism can cut; the causal mask hides the rest."""
     parallel = world.parallel
     multiple = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
+    if world.device.type == "cuda":
+        multiple = math.lcm(multiple, 64)  # few shapes to compile kernels for
     missing = -tokens.size(1) % multiple
     return torch.nn.functional.pad(tokens.to(world.device), (0, missing))
 

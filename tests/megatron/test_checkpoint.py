@@ -13,6 +13,7 @@ from torch import Tensor
 import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_hf
 from tests.megatron.tiny import config_of, hf_model, run_config, train, weights_of
@@ -63,6 +64,23 @@ def test_a_resumed_run_is_bitwise_the_whole_one(start: Start, tmp_path: Path, la
         assert later == results[STOP:]
         assert state.keys() == again.keys()
         assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["zero1", "plain"])
+def test_a_bf16_run_resumes_bitwise_and_stays_near_fp32(
+    start: Start, whole: list[megatron.StepResult], tmp_path: Path, distributed: bool
+) -> None:
+    parallel, place = ParallelConfig(tp=2, sequence_parallel=True), str(tmp_path / "step_3")
+    bf16 = PrecisionConfig(params="bf16")
+    run = run_config(start[0], parallel, bf16, use_distributed_optimizer=distributed)
+    unbroken = run_ranks(2, train, run, start[1], steps=range(END))
+    run_ranks(2, train, run, start[1], steps=range(STOP), save_to=place)
+    resumed = run_ranks(2, train, run, None, steps=range(STOP, END), load_from=place)
+    assert resumed[0][0] == unbroken[0][0][STOP:]
+    assert {value.dtype for value in resumed[1][1].values()} == {torch.bfloat16}
+    assert all(torch.equal(resumed[1][1][name], value) for name, value in unbroken[1][1].items())
+    assert [r.loss for r in unbroken[0][0]] == pytest.approx([r.loss for r in whole], abs=2e-2)
+    assert [r.loss for r in unbroken[0][0]] != [r.loss for r in whole]
 
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2vpp2", "dp2"])

@@ -23,6 +23,7 @@ import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.optim import OptimConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.config.train import TrainConfig
 from mbfn.convert import to_megatron
@@ -38,6 +39,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+FP32 = PrecisionConfig()
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -92,11 +94,13 @@ def config_of(model: PreTrainedModel) -> ModelConfig:
     return model_from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
 
 
-def run_config(model: ModelConfig, parallel: ParallelConfig, **settings: Any) -> RunConfig:
-    """Fp32, 8 sequences of 32 tokens a step in micro-batches of 2."""
+def run_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig = FP32, **settings: Any
+) -> RunConfig:
+    """8 sequences of 32 tokens a step in micro-batches of 2, in fp32 unless told otherwise."""
     train = TrainConfig(global_batch_size=8, micro_batch_size=2, seq_length=32, steps=50, seed=3)
     optim = OptimConfig(**{"lr": 2e-3, "weight_decay": 0.1, **settings})
-    return RunConfig(model=model, parallel=parallel, train=train, optim=optim)
+    return RunConfig(model=model, parallel=parallel, precision=precision, train=train, optim=optim)
 
 
 def rows(step: int) -> Tensor:
