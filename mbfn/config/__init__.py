@@ -11,6 +11,7 @@ from mbfn.config.peft import PeftConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.config.schema import to_dict, to_yaml
+from mbfn.config.site import SiteConfig
 from mbfn.config.train import CheckpointConfig, InitConfig, LaunchConfig, LogConfig, TrainConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
+    "SiteConfig",
     "TrainConfig",
     "to_dict",
     "to_yaml",

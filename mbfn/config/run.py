@@ -12,6 +12,7 @@ from mbfn.config.optim import OptimConfig, ScheduleConfig
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
 from mbfn.config.peft import PeftConfig
 from mbfn.config.precision import PrecisionConfig
+from mbfn.config.site import SiteConfig
 from mbfn.config.train import CheckpointConfig, InitConfig, LaunchConfig, LogConfig, TrainConfig
 from mbfn.errors import ConfigError, require
 
@@ -30,6 +31,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     launch: LaunchConfig = LaunchConfig()
+    site: SiteConfig = SiteConfig()
     train: TrainConfig = TrainConfig()
     init: InitConfig = InitConfig()
 
@@ -45,8 +47,9 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """A name for this config: 16 hex digits of the SHA-256 of its values."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """A name for the run: 16 hex digits of the SHA-256 of everything but how and on which cluster it starts."""
+        what = {name: value for name, value in asdict(self).items() if name not in ("launch", "site")}
+        text = json.dumps(what | {"device": self.launch.device}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -74,12 +77,29 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[
         f"ffn_hidden_size={model.ffn_hidden_size} does not divide by tp={tp}: {_fits(model.ffn_hidden_size)}",
         problems,
     )
-    require(parallel.ep == 1, "parallel.ep", f"ep={parallel.ep} needs a model with experts; set ep=1", problems)
-    require(parallel.etp == 1, "parallel.etp", f"etp={parallel.etp} needs a model with experts; set etp=1", problems)
+    problems += _expert_problems(model, parallel)
     try:
         pipeline_layers(model.num_layers, parallel)
     except ConfigError as error:
         problems.extend(error.problems)
+    return problems
+
+
+def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    ep, etp, moe = parallel.ep, parallel.etp, model.moe
+    if moe is None:
+        require(ep == 1, "parallel.ep", f"ep={ep} needs a model with experts; set ep=1", problems)
+        require(etp == 1, "parallel.etp", f"etp={etp} needs a model with experts; set etp=1", problems)
+        return problems
+    sizes = (
+        ("ep", ep, "num_moe_experts", moe.num_moe_experts),
+        ("etp", etp, "moe_ffn_hidden_size", moe.moe_ffn_hidden_size),
+        ("tp", parallel.tp, "moe_shared_expert_intermediate_size", moe.moe_shared_expert_intermediate_size),
+    )
+    for name, size, field, whole in sizes:
+        text = f"{field}={whole} does not divide by {name}={size}: {_fits(whole)}"
+        require(whole % size == 0, f"parallel.{name}", text, problems)
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The one way into a run: in this process, on local ranks, or as a rank of torchrun or srun."""
+"""The one way into a run: in this process, on local ranks, as a rank of torchrun or srun, or as a job of Slurm."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def start(job: Job, stop: Callable[[], int], env: MutableMapping[str, str]) -> i
     Raises: LaunchError or DataError before torch is imported, where the run cannot work here.
     """
     rank = detect(env)
+    if rank is None and job.run.launch.kind == "slurm":
+        from mbfn.launch.slurm import start_slurm
+
+        return start_slurm(job, stop)
     check_launch(job.run, rank, local_gpus(env))
     if rank is not None:
         env.update(rank_environment(rank, env))

@@ -26,7 +26,7 @@ def run_rank(work: Callable[[], int], logs: Path) -> NoReturn:
     rank = int(os.environ["RANK"])
     _end_with_launcher()
     if rank:
-        _redirect(logs / f"rank_{rank}.log")
+        redirect(logs / f"rank_{rank}.log")
     try:
         code = work()
     except BaseException as error:
@@ -43,7 +43,7 @@ def _end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _redirect(log: Path) -> None:
+def redirect(log: Path) -> None:
     """Send what this process prints, native libraries included, to `log`."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -1,0 +1,55 @@
+"""One rank of a Slurm job: `python -m mbfn.launch.slurm_task JOB ATTEMPT`, started by the batch script through srun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from mbfn.errors import LaunchError
+from mbfn.launch.detect import Rank, detect
+from mbfn.launch.failures import Failure, write_failure
+from mbfn.launch.slurm_files import read_job
+from mbfn.launch.slurm_queue import say
+from mbfn.launch.slurm_script import SAVED
+from mbfn.launch.start import start
+from mbfn.launch.worker import redirect
+from mbfn.train.stop import REQUEUE, listen
+
+
+def main(job: Path, attempt: Path) -> NoReturn:
+    """Run this rank and end with its exit code; a saved stop is 0, because srun ends the others at anything else."""
+    stop = listen()
+    rank = detect(os.environ)
+    if rank is None:
+        raise LaunchError("mbfn.launch.slurm_task: no rank of srun; the batch script of launch=slurm starts it")
+    if rank.rank:
+        redirect(attempt / f"rank_{rank.rank}.log")
+    try:
+        code = start(read_job(job), stop, os.environ)
+        if code == REQUEUE:
+            code = 0
+            if rank.rank == 0:
+                (attempt / SAVED).touch()
+    except BaseException as error:
+        code = _note(attempt, rank, error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # destructors of a broken process group can hang
+
+
+def _note(attempt: Path, rank: Rank, error: BaseException) -> int:
+    """Tell the client what ended this rank: by a file, or through Slurm itself where no file can be written."""
+    try:
+        failure: Failure = write_failure(attempt, rank.rank, error)
+    except OSError as unwritable:
+        say(f"rank {rank.rank}: {error or type(error).__name__}; {attempt}: {unwritable.strerror}")
+        sys.stderr.write(f"error: rank {rank.rank}: {error}\n")
+        return 1
+    sys.stderr.write(failure.detail or f"error: rank {rank.rank}: {failure.message}\n")
+    return failure.exit_code
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
