@@ -18,6 +18,7 @@ from mbfn.errors import CheckpointError
 from mbfn.storage.regions import TensorMeta, pread_exactly
 
 MAX_HEADER = 100_000_000  # the format's own limit
+_METADATA = "__metadata__"
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -57,7 +58,7 @@ def read_header(fd: int, path: Path) -> dict[str, TensorMeta]:
             raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its directory")
         raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}: cut short or not safetensors")
     header = _parse_json(pread_exactly(fd, length, 8, path), path)
-    header.pop("__metadata__", None)
+    header.pop(_METADATA, None)
     metas = [_tensor_meta(name, entry, 8 + length, path) for name, entry in header.items()]
     metas.sort(key=lambda pair: (pair[1].offset, pair[1].nbytes))
     _check_layout(metas, 8 + length, size, path)
@@ -67,10 +68,17 @@ def read_header(fd: int, path: Path) -> dict[str, TensorMeta]:
 def make_header(
     tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str], *, room: int = 0
 ) -> bytes:
-    """The first bytes of a file that holds `tensors` in this order; padded to `room` bytes, else to the next 8."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    """The first bytes of a file that holds `tensors` in this order; padded to `room` bytes, else to the next 8.
+
+    Raises: CheckpointError for a name or dtype that the format has no place for, or a name given twice.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     position = 0
     for name, shape, dtype in tensors:
+        if name == _METADATA or name in header:
+            raise CheckpointError(f"{name}: {'the format keeps this name' if name == _METADATA else 'declared twice'}")
+        if dtype not in NAMES:
+            raise CheckpointError(f"{name}: safetensors has no dtype {dtype}")
         end = position + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end

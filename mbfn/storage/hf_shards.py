@@ -61,6 +61,8 @@ class PlannedShards:
             write_exactly(fd, header, 0)
             position = len(header)
             for tensor in tensors:
+                if tensor.name in self._places:
+                    raise ConversionError(f"{tensor.name}: declared twice in the plan of the export")
                 self._places[tensor.name] = (fd, position, tensor)
                 position += tensor.nbytes
             os.ftruncate(fd, position)

@@ -18,10 +18,9 @@ from torch import Tensor
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.table import table_of
-from mbfn.errors import CheckpointError, ConversionError
+from mbfn.errors import ConversionError
 from mbfn.families import model_to_hf
 from mbfn.storage.atomic import MANIFEST, atomic_directory
-from mbfn.storage.headers import NAMES
 from mbfn.storage.hf import INDEX
 from mbfn.storage.hf_shards import Declared, GrowingShards, PlannedShards, Shards
 from mbfn.storage.streams import Read, run_all, write_tensor
@@ -110,8 +109,6 @@ def _jobs(
         if name in names:
             raise ConversionError(f"{name}: given twice")
         names[name] = None
-        if data.dtype not in NAMES:
-            raise CheckpointError(f"{name}: safetensors has no dtype {data.dtype}")
         tensor = Declared(name=name, shape=tuple(data.shape), dtype=data.dtype)
         fd, position = shards.place(tensor)
         bytes_of = data.read if isinstance(data, Streamed) else data

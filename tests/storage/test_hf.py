@@ -23,7 +23,9 @@ from mbfn.storage.hf import INDEX, SINGLE
 from mbfn.storage.hf_shards import HEADER_ROOM
 
 TENSOR = st.tuples(st.lists(st.integers(0, 6), max_size=3), st.sampled_from(sorted(DTYPES)))
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 
 
 def filled(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -120,6 +122,29 @@ def test_items_that_are_not_the_plan(tmp_path: Path, items: list, line: str) -> 
         save_hf(tmp_path / "out", items, config={}, plan=plan)
     assert str(error.value) == line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tensor", "line"),
+    [
+        ("__metadata__", torch.zeros(2), "__metadata__: the format keeps this name"),
+        ("c", torch.zeros(2, dtype=torch.complex128), "c: safetensors has no dtype torch.complex128"),
+    ],
+)
+def test_what_the_format_cannot_hold(tmp_path: Path, planned: bool, name: str, tensor: Tensor, line: str) -> None:
+    plan = [Declared(name=name, shape=(2,), dtype=tensor.dtype)] if planned else None
+    with pytest.raises(CheckpointError) as error:
+        save_hf(tmp_path / "out", {name: tensor}, config={}, plan=plan)
+    assert str(error.value) == line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_declares_twice(tmp_path: Path) -> None:
+    plan = [Declared(name="a", shape=(2,), dtype=torch.float32)] * 2
+    for limit, kind in ((100, CheckpointError), (8, ConversionError)):
+        with pytest.raises(kind, match="a: declared twice"):
+            save_hf(tmp_path / "out", {"a": torch.zeros(2)}, config={}, plan=plan, max_shard_bytes=limit)
 
 
 def test_an_export_of_a_model_is_all_of_it(tmp_path: Path) -> None:
