@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import queue
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from mbfn.megatron.device import attributes
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.optimizer import Models, gathered
 from mbfn.megatron.optimizer_state import exact_states, load_optimizer
+from mbfn.megatron.settings import DTYPES
 from mbfn.megatron.world import World
 from mbfn.storage.atomic import atomic_directory
 
@@ -46,7 +48,8 @@ def save(directory: str | Path, run: RunConfig, world: World, models: Models, co
     """
     target = Path(directory)
     manifest = {"model": asdict(run.model), "parallel": asdict(run.parallel)}
-    with gathered(models), _shared_directory(target, manifest, world) as draft, _clear_faults(target, "cannot write"):
+    shared = _shared_directory(target, manifest, world, _size(run))
+    with gathered(models), shared as draft, _clear_faults(target, "cannot write"):
         state = _model_state(world, models.chunks)
         state |= {"optimizer": _optimizer_state(world, models, state, is_loading=False), _COMMON: dict(common)}
         # Megatron starts a process to hand results from a background writer; nothing is in the background here.
@@ -109,10 +112,10 @@ def _read(source: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _shared_directory(target: Path, manifest: Mapping[str, Any], world: World) -> Iterator[str]:
+def _shared_directory(target: Path, manifest: Mapping[str, Any], world: World, nbytes: int) -> Iterator[str]:
     """One atomic directory that all ranks fill; rank 0 opens it and puts it in place."""
     with contextlib.ExitStack() as stack:
-        opened = atomic_directory(target, kind="torch_dist", manifest=manifest)
+        opened = atomic_directory(target, kind="torch_dist", manifest=manifest, nbytes=nbytes)
         yield _on_first_rank(world, lambda: str(stack.enter_context(opened)))
         dist.barrier()
         _on_first_rank(world, stack.close)
@@ -151,4 +154,20 @@ def _clear_faults(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (*_FAULTS, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: {what}: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{path}: {what}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words, where an error of several ranks holds them."""
+    text = " ".join(str(error).split())
+    system = re.search(r"\[Errno \d+\] [\w ]+", text)
+    if system:
+        return system[0].strip()
+    if isinstance(error, CheckpointException):
+        return "a rank failed at its part of it (a full disk, a quota, a broken file; its log names the cause)"
+    return text[:300]
+
+
+def _size(run: RunConfig) -> int:
+    """Bytes of a checkpoint: the weights, and the optimizer's three fp32 states of each."""
+    return run.model.num_parameters * (DTYPES[run.precision.params].itemsize + 12)

@@ -19,6 +19,7 @@ from mbfn.config.train import Recompute
 from mbfn.convert.table import Impl
 from mbfn.errors import LaunchError
 from mbfn.megatron.bootstrap import has_transformer_engine
+from mbfn.megatron.supported import check_supported
 from mbfn.megatron.world import World
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +57,7 @@ def core_config(
     recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's model settings. Weights are never initialised by Megatron: `mbfn.megatron.weights` sets every one."""
+    check_supported(model)
     dtype = DTYPES[precision.params]
     return TransformerConfig(
         num_layers=model.num_layers,

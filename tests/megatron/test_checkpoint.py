@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import resource
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -146,6 +148,23 @@ def test_what_cannot_be_read_or_written_is_one_line(start: Start, stopped: Path,
             run_ranks(1, train, config, None, steps=steps, **{way: str(place)})
     assert (tmp_path / "mine").read_text() == "not a checkpoint"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "mine"]
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_rank_that_cannot_write_leaves_nothing(start: Start, tmp_path: Path, full: int) -> None:
+    run = run_config(start[0], ParallelConfig(tp=2))
+    with pytest.raises(RankError, match=r"CheckpointError: .*last: cannot write: .*\n$"):
+        run_ranks(2, _save_on_a_full_disk, run, tmp_path / "last", full)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _save_on_a_full_disk(run: RunConfig, place: Path, full: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails as on a full disk
+    with megatron.open_world(run.parallel, device="cpu", timeout_s=60) as world:
+        models = megatron.build(run, world, None)
+        if world.rank == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        megatron.save(place, run, world, models, {})
 
 
 def test_common_values_come_back_as_they_were(start: Start, tmp_path: Path) -> None:
