@@ -183,7 +183,7 @@ def test_init_hf_shows_in_what_hydra_composes(app: Path) -> None:
     done = run(app, "init.hf=hf", "--cfg", "job")
     assert yaml.safe_load(done.stdout)["model"] == model
     several = run(app, "init.hf=hf", "-m", "train.seed=1,2")
-    assert [line.split()[1] for line in several.stdout.splitlines() if line.startswith("100 ")] == ["5", "5"]
+    assert [line.split()[1] for line in several.stdout.splitlines() if line.startswith("400 ")] == ["5", "5"]
 
 
 def test_a_command_with_a_config_of_its_own(app: Path) -> None:
