@@ -16,11 +16,60 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 class RopeScaling:
     """Frequencies rescaled for contexts longer than those trained on (transformers' `rope_scaling`)."""
 
-    rope_type: Literal["default", "linear", "llama3"] = "default"
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0  # yarn: rotations above which a frequency stays
+    beta_slow: float = 1.0  # yarn: rotations below which it is stretched whole
+    mscale: float = 0.0  # yarn: attention temperature; 0: as transformers derives it from the factor
+    mscale_all_dim: float = 0.0
+    truncate: bool = True  # yarn: round the range of interpolated frequencies to whole channels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Experts in place of the MLP, in every layer but `dense_layers`."""
+
+    num_moe_experts: int
+    moe_router_topk: int
+    moe_ffn_hidden_size: int
+    moe_shared_expert_intermediate_size: int = 0  # all shared experts together; 0: none
+    moe_shared_expert_gate: bool = False  # the shared experts' output times a learnt sigmoid
+    dense_layers: tuple[int, ...] = ()  # layers that keep an MLP of ffn_hidden_size
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False  # scores over all experts, not renormalised over the chosen ones
+    moe_router_enable_expert_bias: bool = False  # a bias that moves the choice, not the weight
+    moe_router_num_groups: int = 1
+    moe_router_group_topk: int = 1  # groups that the experts are chosen from
+    moe_router_topk_scaling_factor: float = 1.0
+    moe_aux_loss_coeff: float = 0.0
+    add_router_bias: bool = False
+    add_expert_bias: bool = False
+
+    def __post_init__(self) -> None:
+        problems: list[tuple[str, str]] = []
+        experts, topk = self.num_moe_experts, self.moe_router_topk
+        require(experts >= 1, "num_moe_experts", f"expected at least 1, got {experts}", problems)
+        require(1 <= topk <= experts, "moe_router_topk", f"expected 1 to {experts}, got {topk}", problems)
+        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        divides = groups >= 1 and experts % groups == 0
+        require(divides, "moe_router_num_groups", f"expected a divisor of {experts}, got {groups}", problems)
+        require(1 <= chosen <= groups, "moe_router_group_topk", f"expected 1 to {groups}, got {chosen}", problems)
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLAConfig:
+    """Multi-latent attention: queries and keys/values by way of a small latent, one rotary key for all heads."""
+
+    kv_lora_rank: int
+    qk_head_dim: int  # of the part without positions
+    qk_pos_emb_head_dim: int  # of the rotary part
+    v_head_dim: int
+    q_lora_rank: int | None = None  # none: queries straight from the hidden state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +93,21 @@ class ModelConfig:
     add_proj_bias: bool = False  # on the attention output projection
     add_mlp_bias: bool = False
     qk_layernorm: bool = False
+    qk_layernorm_full: bool = False  # over all heads together, not each by itself
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
+    mtp_num_layers: int = 0  # layers that predict further tokens, after the last one
+    activation: Literal["swiglu", "geglu", "swiglu_oai"] = "swiglu"  # geglu: tanh; swiglu_oai: GPT-OSS's, clamped
+    zero_centered_gamma: bool = False  # a norm multiplies by 1 + weight
+    sandwich_norms: bool = False  # norms after attention and MLP too
+    embedding_multiplier: float = 1.0
+    softmax_scale: float | None = None  # of attention scores; none: 1 / sqrt(head dim)
+    attn_logit_softcapping: float = 0.0  # 0: none
+    final_logit_softcapping: float = 0.0
+    attention_sinks: bool = False  # a learnt score that each head may attend to instead
+    rotary_percent: float = 1.0  # share of the head dim that turns
+    rotary_interleaved: bool = False  # pairs of neighbours turn, not of halves
+    local_rotary_base: float | None = None  # of the layers with a window; none: rotary_base
     window_size: int | None = None  # sliding attention window in tokens, this one included; none: the whole past
     window_layers: tuple[int, ...] = ()  # layers that use the window; empty: all of them
     init_method_std: float = 0.02
@@ -72,8 +136,10 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the published model, tied embeddings counted once, padding not at all."""
-        return _layer_parameters(self) * self.num_layers + _outer_parameters(self)
+        """Weights of the published model, tied embeddings counted once, padding not at all."""
+        from mbfn.config.parameters import count_parameters
+
+        return count_parameters(self)
 
 
 _POSITIVE = (
@@ -97,16 +163,3 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     """
     multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tp)
     return -(-model.vocab_size // multiple) * multiple
-
-
-def _layer_parameters(model: ModelConfig) -> int:
-    h, f, d = model.hidden_size, model.ffn_hidden_size, model.kv_channels
-    q, kv = model.num_attention_heads * d, model.num_query_groups * d
-    weights = h * (q + 2 * kv) + q * h + 3 * h * f + 2 * h
-    biases = model.add_qkv_bias * (q + 2 * kv) + model.add_proj_bias * h + model.add_mlp_bias * (2 * f + h)
-    return weights + biases + model.qk_layernorm * 2 * d
-
-
-def _outer_parameters(model: ModelConfig) -> int:
-    embeddings = 1 if model.share_embeddings_and_output_weights else 2
-    return embeddings * model.vocab_size * model.hidden_size + model.hidden_size

@@ -73,6 +73,7 @@ class RankCoordinates:
     pp: int
     ep: int
     etp: int
+    edp: int  # replica of the experts
 
 
 def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
@@ -92,6 +93,7 @@ def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
         pp=pp,
         ep=in_stage // parallel.etp % parallel.ep,
         etp=in_stage % parallel.etp,
+        edp=in_stage // (parallel.etp * parallel.ep),
     )
 
 

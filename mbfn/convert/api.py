@@ -10,7 +10,8 @@ from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.plans import Layout, hf_plans, rank_plans, reshard_plans
 from mbfn.convert.states import PlannedState, RankStates, check_hf, check_states, gather
-from mbfn.convert.table import Impl, table_of
+from mbfn.convert.table import Impl, form_of, table_of
+from mbfn.families.rule import Form
 
 
 def to_megatron(
@@ -18,23 +19,29 @@ def to_megatron(
 ) -> PlannedState:
     """The tensors of `rank`'s `GPTModel.state_dict()` from a Hugging Face state, each made when it is asked for.
 
-    A directory from `mbfn.open_hf` is read slice by slice: only the rank's own bytes. Megatron's `_extra_state` entries
-    hold no weights and are left out.
+    Experts may be one tensor each or stacked. A directory from `mbfn.open_hf` is read slice by slice: only the rank's
+    own bytes. Megatron's `_extra_state` entries hold no weights and are left out.
     Raises: ConversionError for names or shapes that do not match the model, ConfigError for a rank outside the layout.
     """
-    table = table_of(model, parallel)
+    table = table_of(model, parallel, form_of(hf))
     check_hf(table, hf)
     return PlannedState(rank_plans(table, Layout(parallel=parallel, impl=impl), rank), hf)
 
 
 def to_hf(
-    states: Mapping[int, Mapping[str, Tensor]], model: ModelConfig, *, parallel: ParallelConfig, impl: Impl = "local"
+    states: Mapping[int, Mapping[str, Tensor]],
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    impl: Impl = "local",
+    form: Form = "hub",
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor from the states of any set of ranks that covers the weights, one alive at a time.
 
+    `form`: experts one by one as in files on the Hub, or `stacked` as transformers 5 holds them in memory.
     Raises: ConversionError naming the first tensor that is missing, of another shape, or not covered by these ranks.
     """
-    table = table_of(model, parallel)
+    table = table_of(model, parallel, form)
     layout = Layout(parallel=parallel, impl=impl)
     check_states(table, layout, states)
     plans = tuple(hf_plans(table, layout, states))

@@ -10,6 +10,7 @@ from mbfn.convert.copies import Copy, Shape, TensorPlan, coalesce, contiguous_st
 from mbfn.convert.placement import LocalTensor, Piece, is_main_replica, rank_tensors
 from mbfn.convert.table import GlobalTensor, Impl, Table
 from mbfn.errors import ConversionError
+from mbfn.families.rule import EXPERT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +107,19 @@ def checkpoint_shapes(table: Table) -> dict[str, Shape]:
 
 
 def checkpoint_place(tensor: GlobalTensor, table: Table) -> tuple[str, Shape, Shape]:
-    """Key, whole shape and offset of a tensor in a Megatron-core checkpoint: layers are stacked along a first axis."""
-    name = tensor.rule.te or tensor.rule.mc
+    """Key, whole shape and offset of a tensor in a Megatron-core checkpoint.
+
+    Experts are stacked along a first axis; so are the layers of a model whose layers are all alike.
+    """
+    rule = tensor.rule
+    key, shape, at = rule.key or rule.te or rule.mc, tensor.shape, (0,) * len(tensor.shape)
+    if tensor.expert is not None:
+        shape, at = (table.sizes[EXPERT], *shape), (tensor.expert, *at)
     if tensor.layer is None:
-        return name, tensor.shape, (0,) * len(tensor.shape)
-    stacked = (table.model.num_layers, *tensor.shape)
-    return name.replace("layers.{i}.", "layers."), stacked, (tensor.layer, *(0 for _ in tensor.shape))
+        return key, shape, at
+    if rule.stage == "mtp" or (table.model.moe is not None and table.model.moe.dense_layers):
+        return key.format(i=tensor.layer), shape, at
+    return key.replace("layers.{i}.", "layers."), (table.model.num_layers, *shape), (tensor.layer, *at)
 
 
 def _local_plan(local: LocalTensor) -> TensorPlan:
@@ -136,10 +144,10 @@ def _chunk(tensor: GlobalTensor, piece: Piece, table: Table) -> Chunk:
 
 
 def _in_stack(copy: Copy, shape: Shape, stacked: Shape, at: Shape) -> Copy:
-    """`copy` when its source of `shape` is one layer of a stacked tensor."""
+    """`copy` when its source of `shape` is one layer or expert of a stacked tensor."""
     if shape == stacked:
         return copy
-    return embed(copy, "src", (1, *shape), stacked, at)
+    return embed(copy, "src", (*(1 for _ in range(len(stacked) - len(shape))), *shape), stacked, at)
 
 
 type Holding = tuple[str, LocalTensor, Piece]

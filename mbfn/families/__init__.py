@@ -9,13 +9,23 @@ from typing import Any
 
 from mbfn.config.model import ModelConfig
 from mbfn.errors import ConversionError
+from mbfn.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mbfn.families.family import Family
+from mbfn.families.gemma import GEMMA, GEMMA2, GEMMA3
+from mbfn.families.glm import GLM4_MOE
+from mbfn.families.gpt_oss import GPT_OSS
 from mbfn.families.hf_config import read_config, write_config
 from mbfn.families.llama import LLAMA
-from mbfn.families.mistral import MISTRAL
+from mbfn.families.mistral import MISTRAL, MIXTRAL
+from mbfn.families.olmoe import OLMOE
 from mbfn.families.qwen import QWEN2, QWEN3
+from mbfn.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
-FAMILIES: Mapping[str, Family] = {f.dialect.family: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_TABLES = (
+    LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, DEEPSEEK_V2, DEEPSEEK_V3,
+    GPT_OSS, GLM4_MOE, OLMOE,
+)  # fmt: skip
+FAMILIES: Mapping[str, Family] = {family.dialect.family: family for family in _TABLES}
 
 
 def families() -> tuple[str, ...]:

@@ -1,32 +1,61 @@
-"""Rules that decoder families share: the Llama layout of names, cut into the blocks that families differ in."""
+"""Rules that decoder families share: Llama's layout of names, cut into the blocks that families differ in."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mbfn.config.model import ModelConfig
-from mbfn.families.layout import Cat, Layout, Pad
-from mbfn.families.rule import HfTensor, Rule
+from mbfn.families.layout import Cat, Dim, Layout, Pad
+from mbfn.families.rule import Form, HfTensor, Rule
 
 HF, MC = "model.layers.{i}.", "decoder.layers.{i}."
 
 
 def axis_sizes(model: ModelConfig, padded_vocab: int) -> dict[str, int]:
     """The length of every axis that the rules name."""
-    return {
+    sizes = {
+        "one": 1,
         "hidden": model.hidden_size,
+        "joined_hidden": 2 * model.hidden_size,
         "ffn": model.ffn_hidden_size,
+        "heads": model.num_attention_heads,
         "group": model.num_query_groups,
         "rep": model.num_attention_heads // model.num_query_groups,  # query heads of a group
         "head_dim": model.kv_channels,
         "vocab": model.vocab_size,
         "padded_vocab": padded_vocab,
+        "expert": 1,
     }
+    if model.moe is not None:
+        sizes["expert"] = sizes["expert_rows"] = model.moe.num_moe_experts
+        sizes["moe_ffn"] = model.moe.moe_ffn_hidden_size
+        sizes["shared_ffn"] = model.moe.moe_shared_expert_intermediate_size
+    if model.mla is not None:
+        mla = model.mla
+        sizes["q_lora"] = mla.q_lora_rank or 0
+        sizes["kv_lora"] = mla.kv_lora_rank
+        sizes["kv_lora_and_position"] = mla.kv_lora_rank + mla.qk_pos_emb_head_dim
+        sizes["query_dim"] = mla.qk_head_dim + mla.qk_pos_emb_head_dim
+        sizes["key_and_value_dim"] = mla.qk_head_dim + mla.v_head_dim
+        sizes["value_dim"] = mla.v_head_dim
+    return sizes
 
 
-def same(mc: str, hf: str, layout: Layout, *, te: str = "", cut: int | None = None) -> Rule:
-    """One tensor on both sides, in one layout."""
+def same(mc: str, hf: str, layout: Layout, *, te: str = "", key: str = "", cut: int | None = None) -> Rule:
+    """One tensor of a layer on both sides, in one layout."""
     return Rule(
-        mc=MC + mc, te=MC + te if te else "", layout=layout, cut=cut, hf=(HfTensor(name=HF + hf, layout=layout),)
+        mc=MC + mc,
+        te=MC + te if te else "",
+        key=MC + key if key else "",
+        layout=layout,
+        cut=cut,
+        hf=(HfTensor(name=HF + hf, layout=layout),),
     )
+
+
+def in_layers(rules: tuple[Rule, ...], layers: range | tuple[int, ...]) -> tuple[Rule, ...]:
+    """The rules for these layers; none where there are no such layers."""
+    return tuple(replace(rule, layers=tuple(layers)) for rule in rules) if layers else ()
 
 
 def embeddings(model: ModelConfig) -> tuple[Rule, ...]:
@@ -34,53 +63,54 @@ def embeddings(model: ModelConfig) -> tuple[Rule, ...]:
     table, padded = ("vocab", "hidden"), (Pad("vocab", "padded_vocab"), "hidden")
     tied = model.share_embeddings_and_output_weights
     embedding, output = "embedding.word_embeddings.weight", "output_layer.weight"
-    words = (HfTensor(name="model.embed_tokens.weight", layout=table),)
-    head = words if tied else (HfTensor(name="lm_head.weight", layout=table),)
+    words = HfTensor(name="model.embed_tokens.weight", layout=table)
+    head = words if tied else HfTensor(name="lm_head.weight", layout=table)
+    repeats = range(model.num_layers, model.num_layers + model.mtp_num_layers)  # files hold both once more for MTP
+    words_again = [replace(words, name=f"model.layers.{i}.embed_tokens.weight", repeated=True) for i in repeats]
+    head_again = [replace(head, name=f"model.layers.{i}.shared_head.head.weight", repeated=True) for i in repeats]
     norm = (HfTensor(name="model.norm.weight", layout=("hidden",)),)
     return (
-        Rule(mc=embedding, layout=padded, cut=0, stage="first", hf=words),
+        Rule(mc=embedding, layout=padded, cut=0, stage="first", hf=(words, *words_again)),
         Rule(mc="decoder.final_layernorm.weight", layout=("hidden",), stage="last", hf=norm),
-        Rule(mc=output, layout=padded, cut=0, stage="last", tied=embedding if tied else "", hf=head),
+        Rule(mc=output, layout=padded, cut=0, stage="last", tied=embedding if tied else "", hf=(head, *head_again)),
     )
 
 
-def layer_norms() -> tuple[Rule, ...]:
-    """The norms before attention and before the MLP; Transformer Engine keeps them in the linear that follows."""
-    return (
-        same(
-            "input_layernorm.weight",
-            "input_layernorm.weight",
-            ("hidden",),
-            te="self_attention.linear_qkv.layer_norm_weight",
-        ),
-        same(
-            "pre_mlp_layernorm.weight",
-            "post_attention_layernorm.weight",
-            ("hidden",),
-            te="mlp.linear_fc1.layer_norm_weight",
-        ),
-    )
+def input_norm(te: str = "self_attention.linear_qkv.layer_norm_weight") -> Rule:
+    """The norm before attention; Transformer Engine keeps it in the linear that follows."""
+    return same("input_layernorm.weight", "input_layernorm.weight", ("hidden",), te=te)
+
+
+def mlp_norm(te: str = "mlp.linear_fc1.layer_norm_weight", hf: str = "post_attention_layernorm.weight") -> Rule:
+    """The norm before a dense MLP, which Transformer Engine keeps in it, or (te="") before experts."""
+    return same("pre_mlp_layernorm.weight", hf, ("hidden",), te=te)
 
 
 def attention(model: ModelConfig) -> tuple[Rule, ...]:
-    """Grouped-query attention with the biases and the per-head norms that the model has."""
+    """Grouped-query attention with the biases, norms and sinks that the model has."""
+    heads: Dim = ("group", "rep", "head_dim")
     rules = [
         qkv("weight", "hidden"),
-        same(
-            "self_attention.linear_proj.weight",
-            "self_attn.o_proj.weight",
-            ("hidden", ("group", "rep", "head_dim")),
-            cut=1,
-        ),
+        same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", ("hidden", heads), cut=1),
     ]
     if model.add_qkv_bias:
         rules.append(qkv("bias"))
     if model.add_proj_bias:
         rules.append(same("self_attention.linear_proj.bias", "self_attn.o_proj.bias", ("hidden",)))
     if model.qk_layernorm:
+        full: dict[str, Layout] = {"q": (heads,), "k": (("group", "head_dim"),)}
         rules += [
-            same(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", ("head_dim",)) for x in "qk"
+            same(
+                f"self_attention.{x}_layernorm.weight",
+                f"self_attn.{x}_norm.weight",
+                full[x] if model.qk_layernorm_full else ("head_dim",),
+                cut=0 if model.qk_layernorm_full else None,
+            )
+            for x in "qk"
         ]
+    if model.attention_sinks:
+        sinks = (("group", "rep"),)
+        rules.append(same("self_attention.core_attention.softmax_offset", "self_attn.sinks", sinks, cut=0))
     return tuple(rules)
 
 
@@ -100,27 +130,62 @@ def qkv(kind: str, *inner: str) -> Rule:
     )
 
 
-def gated_mlp(model: ModelConfig) -> tuple[Rule, ...]:
-    """SwiGLU: gate and up are the two halves of `linear_fc1`, each cut over tp."""
-    rules = [
-        gate_up("weight", "hidden"),
-        same("mlp.linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "ffn"), cut=1),
-    ]
-    if model.add_mlp_bias:
-        rules += [gate_up("bias"), same("mlp.linear_fc2.bias", "mlp.down_proj.bias", ("hidden",))]
-    return tuple(rules)
-
-
-def gate_up(kind: str, *inner: str) -> Rule:
-    """Gate rows, then up rows."""
-    return Rule(
-        mc=f"{MC}mlp.linear_fc1.{kind}",
-        layout=(Cat(gate="ffn", up="ffn"), *inner),
-        cut=0,
-        hf=tuple(HfTensor(label=x, name=f"{HF}mlp.{x}_proj.{kind}", layout=("ffn", *inner)) for x in ("gate", "up")),
+def latent_attention(model: ModelConfig) -> tuple[Rule, ...]:
+    """DeepSeek's multi-latent attention; the input norm stands by itself."""
+    assert model.mla is not None
+    a = "self_attention."
+    up: Layout = (("heads", "query_dim"), "q_lora")
+    queries = (
+        (same(a + "linear_q_proj.weight", "self_attn.q_proj.weight", (("heads", "query_dim"), "hidden"), cut=0),)
+        if model.mla.q_lora_rank is None
+        else (
+            same(a + "linear_q_down_proj.weight", "self_attn.q_a_proj.weight", ("q_lora", "hidden")),
+            latent_norm("q", "q_lora"),
+            same(a + "linear_q_up_proj.weight", "self_attn.q_b_proj.weight", up, cut=0),
+        )
+    )
+    down: Layout = ("kv_lora_and_position", "hidden")
+    both: Layout = (("heads", "key_and_value_dim"), "kv_lora")
+    out: Layout = ("hidden", ("heads", "value_dim"))
+    return (
+        input_norm(te=""),
+        *queries,
+        same(a + "linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", down),
+        latent_norm("kv", "kv_lora"),
+        same(a + "linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", both, cut=0),
+        same(a + "linear_proj.weight", "self_attn.o_proj.weight", out, cut=1),
     )
 
 
-def dense(model: ModelConfig) -> tuple[Rule, ...]:
+def latent_norm(x: str, axis: str) -> Rule:
+    """The norm of a latent; Transformer Engine keeps it in the up-projection that follows."""
+    name = f"self_attention.{x}_layernorm.weight"
+    te = f"self_attention.linear_{x}_up_proj.layer_norm_weight"
+    return same(name, f"self_attn.{x}_a_layernorm.weight", (axis,), te=te, key=te)
+
+
+def gated_mlp(model: ModelConfig) -> tuple[Rule, ...]:
+    """A gated MLP: gate and up are the two halves of `linear_fc1`, each cut over tp."""
+    down = same("mlp.linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "ffn"), cut=1)
+    if not model.add_mlp_bias:
+        return gate_up("mlp", "mlp", "weight", "ffn"), down
+    biases = gate_up("mlp", "mlp", "bias", "ffn"), same("mlp.linear_fc2.bias", "mlp.down_proj.bias", ("hidden",))
+    return (gate_up("mlp", "mlp", "weight", "ffn"), down, *biases)
+
+
+def gate_up(mc: str, hf: str, kind: str, axis: str) -> Rule:
+    """Gate rows, then up rows."""
+    inner = ("hidden",) if kind == "weight" else ()
+    return Rule(
+        mc=f"{MC}{mc}.linear_fc1.{kind}",
+        layout=(Cat(gate=axis, up=axis), *inner),
+        cut=0,
+        hf=tuple(HfTensor(label=x, name=f"{HF}{hf}.{x}_proj.{kind}", layout=(axis, *inner)) for x in ("gate", "up")),
+    )
+
+
+def dense(model: ModelConfig, form: Form = "hub") -> tuple[Rule, ...]:
     """A dense decoder with Llama's names."""
-    return (*embeddings(model), *layer_norms(), *attention(model), *gated_mlp(model))
+    del form
+    layer = (input_norm(), mlp_norm(), *attention(model), *gated_mlp(model))
+    return (*embeddings(model), *in_layers(layer, range(model.num_layers)))

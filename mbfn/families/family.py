@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mbfn.config.model import ModelConfig
 from mbfn.families.hf_config import Dialect
-from mbfn.families.rule import Rule
+from mbfn.families.rule import Form, Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,4 +15,4 @@ class Family:
     """One architecture of Hugging Face, as data."""
 
     dialect: Dialect
-    rules: Callable[[ModelConfig], tuple[Rule, ...]]
+    rules: Callable[[ModelConfig, Form], tuple[Rule, ...]]

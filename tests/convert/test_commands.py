@@ -119,14 +119,13 @@ BAD = {
     "a shard is cut": (cut_short, ".safetensors: "),
     "unknown architecture": (
         config_says(architectures=["MambaForCausalLM"], model_type="mamba"),
-        "config.json: architectures: expected one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM, found 'MambaForCausalLM'",
+        "OlmoeForCausalLM, found 'MambaForCausalLM'",
     ),
     "one layer more": (config_says(num_hidden_layers=5), "model.layers.4.input_layernorm.weight: missing; the config"),
     "other heads": (config_says(num_key_value_heads=2), "expected shape [20, 48] by the config, found [40, 48]"),
     "unknown rope": (
-        config_says(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
-        "config.json: rope_type: expected default, linear or llama3, found 'yarn'",
+        config_says(rope_parameters={"rope_type": "longrope", "factor": 4.0}),
+        "config.json: rope_type: expected default, linear, llama3, yarn, found 'longrope'",
     ),
     "unknown key": (config_says(logit_scale=0.5), "config.json: logit_scale=0.5: unknown key for Qwen3ForCausalLM"),
 }

@@ -1,0 +1,40 @@
+"""GLM-4.5 (MoE): grouped-query attention with DeepSeek's experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mbfn.families.deepseek import DEFAULTS, OWN_KEYS, ROUTED, deepseek, read_experts, write_experts
+from mbfn.families.family import Family
+from mbfn.families.hf_config import Dialect
+
+
+def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Sigmoid scores with a bias that moves the choice."""
+    return {
+        **read_experts(hf),
+        "moe.moe_router_score_function": "sigmoid",
+        "moe.moe_router_enable_expert_bias": True,
+        "mtp_num_layers": hf.get("num_nextn_predict_layers") or 0,
+    }
+
+
+GLM4_MOE = Family(
+    rules=deepseek,
+    dialect=Dialect(
+        family="glm4_moe",
+        architecture="Glm4MoeForCausalLM",
+        model_type="glm4_moe",
+        fields=(*ROUTED, ("use_qk_norm", "qk_layernorm"), ("attention_bias", "add_qkv_bias")),
+        defaults={
+            **DEFAULTS,
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+        },
+        explicit_head_dim=True,
+        own_keys=tuple(OWN_KEYS),
+        read=read,
+        write=lambda model: {**write_experts(model), "num_nextn_predict_layers": model.mtp_num_layers},
+    ),
+)
