@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from mbfn.errors import LaunchError
 from mbfn.launch.failures import Failure, first_failure
+from mbfn.train.stop import stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _SHUTDOWN_S = 60  # between asking ranks to end and killing them: one step and one checkpoint
 
 
@@ -51,7 +51,7 @@ def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> 
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        signals_to_handle=_SIGNALS,
+        signals_to_handle=",".join(number.name for number in stop_signals()),
         shutdown_timeout=_SHUTDOWN_S,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )

@@ -34,6 +34,7 @@ from mbfn.train.step import batches, make_evaluate, make_step
 from mbfn.train.stop import REQUEUE
 
 METRICS, CURVE, EXPORT = "metrics.jsonl", "curve.png", "hf"
+_FROM_SCRATCH = 3e-4  # learning rates from here on undo what trained weights know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,6 +84,10 @@ def _start(session: Session, resume: Path | None) -> TrainState:
     run, world = session.run, session.world
     models = megatron.build(run, world, initial_weights(run, world) if resume is None else None)
     session.console.print(_opening(session, models, resume), highlight=False, soft_wrap=True)
+    if run.init.hf is not None and run.optim.lr >= _FROM_SCRATCH:
+        session.console.print(
+            f"optim.lr={run.optim.lr:g} is a rate for random weights; optim=adamw_finetune has one for trained weights"
+        )
     if resume is None:
         return TrainState(step=0, tokens=0, models=models)
     record = megatron.load(resume, run, world, models)

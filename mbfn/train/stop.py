@@ -7,11 +7,11 @@ from collections.abc import Callable
 from types import FrameType
 
 REQUEUE = 75  # exit code of a run that was stopped and saved: start the same command again to continue (EX_TEMPFAIL)
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def listen() -> Callable[[], int]:
-    """Catch SIGTERM, SIGUSR1 and Ctrl-C; the returned function gives the signal that came, 0 while none has.
+    """Catch SIGTERM, SIGUSR1, SIGHUP and Ctrl-C; the returned function gives the signal that came, 0 while none has.
 
     Installed before heavy imports, so that no signal is lost. A second Ctrl-C interrupts at once.
     """
@@ -22,6 +22,11 @@ def listen() -> Callable[[], int]:
             raise KeyboardInterrupt
         received.append(number)
 
-    for number in _SIGNALS:
+    for number in stop_signals():
         signal.signal(number, handle)
     return lambda: received[0] if received else 0
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that stop a run: those that the caller ignores (SIGHUP under nohup) stay ignored."""
+    return tuple(number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN)

@@ -123,6 +123,7 @@ def test_training_starts_from_a_hugging_face_model_on_four_ranks(root: Path, who
     train(root / "one", *overrides)
     printed = train(root / "four", *overrides, "parallel=tp2pp2", "launch=local")
     assert "4 ranks on cpu" in printed
+    assert "optim=adamw_finetune" in printed
     assert losses(root / "four") == pytest.approx(losses(root / "one"), abs=1e-4)
     one, four = (load_file(root / run / "hf" / "model.safetensors") for run in ("one", "four"))
     before = load_file(source / "model.safetensors")
@@ -130,6 +131,17 @@ def test_training_starts_from_a_hugging_face_model_on_four_ranks(root: Path, who
     for name, tensor in one.items():
         assert torch.allclose(tensor, four[name], atol=5e-4), name
     assert not torch.equal(before["model.norm.weight"], four["model.norm.weight"])
+
+
+def test_a_run_for_a_cluster_is_refused_here(root: Path) -> None:
+    big = ("model=llama31_70b", "parallel=tp8pp4", "precision=fp8")
+    code, out, err = finish(start(root / "big", *big))
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert err.startswith(
+        "error: parallel: tp=8 pp=4 dp=1 needs 32 GPUs, this machine has 0; start it on a cluster with "
+    )
+    assert "`python -m mbfn.plan`" in err
 
 
 def test_a_rank_that_dies_ends_the_run_by_name(root: Path) -> None:
