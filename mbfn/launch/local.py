@@ -52,9 +52,9 @@ def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> 
         local_addr="127.0.0.1",
         max_restarts=0,
         signals_to_handle=",".join(number.name for number in stop_signals()),
-        shutdown_timeout=_SHUTDOWN_S,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
-    )
+        **({"shutdown_timeout": _SHUTDOWN_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}),
+    )  # torch before 2.13 waits its own 30 s for ranks that are told to end
     try:
         elastic_launch(config, command[0])(*command[1:])
     except SignalException as stopped:
