@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mbfn.errors import LaunchError
 from mbfn.launch.failures import Failure, first_failure
@@ -42,6 +42,9 @@ def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> 
 
     _quiet("torch.distributed.elastic")  # failures are reported once, below
     os.environ.update(_rank_defaults(os.environ, nproc))
+    # torch before 2.13 waits its own 30 s for ranks that are told to end.
+    patient = "shutdown_timeout" in LaunchConfig.__dataclass_fields__
+    patience: dict[str, Any] = {"shutdown_timeout": _SHUTDOWN_S} if patient else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -53,8 +56,8 @@ def _supervise(command: Sequence[str], nproc: int, logs: Path, scratch: str) -> 
         max_restarts=0,
         signals_to_handle=",".join(number.name for number in stop_signals()),
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
-        **({"shutdown_timeout": _SHUTDOWN_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}),
-    )  # torch before 2.13 waits its own 30 s for ranks that are told to end
+        **patience,
+    )
     try:
         elastic_launch(config, command[0])(*command[1:])
     except SignalException as stopped:
