@@ -7,7 +7,6 @@ from typing import Literal
 
 from mbfn.errors import ConfigError, require
 
-
 Recompute = Literal["none", "full"]
 
 

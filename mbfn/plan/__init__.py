@@ -1,0 +1,1 @@
+"""Memory, operations, communication and time of a run: arithmetic over its configuration, without torch."""

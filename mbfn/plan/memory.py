@@ -1,0 +1,123 @@
+"""Peak memory of a rank of every pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mbfn.config.run import RunConfig
+from mbfn.plan.activations import BYTES, Kernels, Saved, layer_saved, output_saved
+from mbfn.plan.schedule import in_flight
+from mbfn.plan.weights import StageWeights, is_sparse, layer_weights, stage_weights
+
+GIB = 2**30
+WORKSPACE = 2**27  # cuBLAS and Transformer Engine, whatever the model
+COMPONENTS = ("weights", "fp8_weights", "gradients", "optimizer", "activations", "temporary")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes on one rank of a stage when it holds most."""
+
+    parameters: int
+    layers: int
+    in_flight: int  # micro-batches whose activations are held at once, counted in passes through a chunk
+    weights: float
+    fp8_weights: float  # copies for FP8 matrix products, made once a step
+    gradients: float
+    optimizer: float  # master weights and moments, this rank's share
+    activations: float
+    temporary: float  # logits, gradients of activations, workspaces; or what the optimizer's step needs
+
+    @property
+    def peak(self) -> float:
+        """All of them."""
+        return sum(getattr(self, name) for name in COMPONENTS)
+
+
+def stage_memory(run: RunConfig, kernels: Kernels | None = None) -> tuple[StageMemory, ...]:
+    """Every stage of the pipeline, first to last."""
+    kernels = kernels or Kernels()
+    kinds = {sparse: layer_saved(run, kernels, sparse=sparse) for sparse in {False, run.model.moe is not None}}
+    stages = enumerate(stage_weights(run.model, run.parallel))
+    return tuple(_stage(run, place, weights, kinds, kernels) for place, weights in stages)
+
+
+def peak(run: RunConfig) -> float:
+    """Bytes on the fullest rank."""
+    return max(stage.peak for stage in stage_memory(run))
+
+
+def optimizer_bytes(run: RunConfig) -> int:
+    """Bytes of master weight and moments for a parameter of this rank's share."""
+    formats = run.precision
+    moments = BYTES[formats.exp_avg] + BYTES[formats.exp_avg_sq]
+    if formats.params == "fp32":
+        return moments
+    if formats.precision_aware and formats.params == "bf16":  # the weight and 16 more bits make the fp32 master
+        return moments + 2
+    return moments + BYTES[formats.main_params]
+
+
+def owned(run: RunConfig, weights: StageWeights) -> float:
+    """Parameters whose optimizer state a rank keeps."""
+    held = weights.held
+    if not run.optim.use_distributed_optimizer:
+        return held.parameters
+    ranks = run.parallel.data_parallel_size * run.parallel.cp
+    return (held.parameters - held.expert_parameters) / ranks + held.expert_parameters / expert_replicas(run)
+
+
+def expert_replicas(run: RunConfig) -> int:
+    """Ranks that hold the same experts."""
+    parallel = run.parallel
+    return parallel.world_size // (parallel.pp * parallel.etp * parallel.ep)
+
+
+def _stage(
+    run: RunConfig, place: int, weights: StageWeights, kinds: Mapping[bool, Saved], kernels: Kernels
+) -> StageMemory:
+    held = in_flight(run.parallel, place, run.num_microbatches)
+    activations = sum(
+        count * sum(kinds[is_sparse(run.model, layer)].kept for layer in chunk)
+        for chunk, count in zip(weights.chunks, held, strict=True)
+    )
+    activations += weights.mtp * kinds[bool(run.model.moe)].kept
+    return StageMemory(
+        parameters=weights.held.parameters,
+        layers=weights.num_layers,
+        in_flight=sum(held),
+        weights=weights.held.parameters * BYTES[run.precision.params],
+        fp8_weights=0 if run.precision.fp8 == "none" else 2 * weights.held.matrices,  # by rows and by columns
+        gradients=weights.held.parameters * BYTES[run.precision.grads],
+        optimizer=owned(run, weights) * optimizer_bytes(run),
+        activations=activations,
+        temporary=max(_backward(run, weights, kinds, kernels), _update(run, weights) - activations),
+    )
+
+
+def _backward(run: RunConfig, weights: StageWeights, kinds: Mapping[bool, Saved], kernels: Kernels) -> float:
+    """What the backward pass holds when it begins, besides what was kept."""
+    layers = [layer for chunk in weights.chunks for layer in chunk]
+    transient = max((kinds[is_sparse(run.model, layer)].transient for layer in layers), default=0.0)
+    if weights.output:
+        transient = max(transient, output_saved(run, kernels).transient)
+    if not kernels.gradient_accumulation_fusion:
+        return transient + WORKSPACE
+    # Linears that add to the gradient buffer themselves still return a tensor of each shape to autograd.
+    shapes = max((_shapes(run, layer) for layer in layers), default=0.0)
+    return transient + (shapes + weights.output) * BYTES[run.precision.params] + WORKSPACE
+
+
+def _shapes(run: RunConfig, layer: int) -> float:
+    """Elements of one weight of each shape in a layer."""
+    held = layer_weights(run.model, run.parallel, layer)
+    experts = run.model.moe.num_moe_experts // run.parallel.ep if run.model.moe else 1
+    return held.matrices - held.expert_matrices + held.expert_matrices / experts
+
+
+def _update(run: RunConfig, weights: StageWeights) -> float:
+    """What the optimizer's step holds: the gradients of its share in fp32, where they are not already."""
+    if run.precision.grads == "fp32" or run.precision.precision_aware:
+        return 0.0
+    return 4 * owned(run, weights)
