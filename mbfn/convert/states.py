@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,14 @@ from mbfn.convert.placement import rank_tensors
 from mbfn.convert.plans import Layout
 from mbfn.convert.table import Table
 from mbfn.errors import ConversionError
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What is known of a tensor before it is made."""
+
+    shape: Shape
+    dtype: torch.dtype
 
 
 class PlannedState(Mapping[str, Tensor]):
@@ -30,9 +39,10 @@ class PlannedState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._plans)
 
-    def shape(self, name: str) -> Shape:
-        """The tensor's shape, without making it."""
-        return self._plans[name].shape
+    def meta(self, name: str) -> Meta:
+        """Shape and dtype of a tensor, without making it."""
+        plan = self._plans[name]
+        return Meta(plan.shape, one_dtype(plan, self._source))
 
 
 class RankStates(Mapping[str, Tensor]):
@@ -48,6 +58,11 @@ class RankStates(Mapping[str, Tensor]):
         except KeyError:
             held = len(self._states.get(int(rank), ()))
             raise ConversionError(f"{name}: missing from the state of rank {rank}, which has {held} tensors") from None
+
+    def meta(self, key: str) -> Any:
+        """Shape and dtype of a tensor, without fetching it where its state can tell."""
+        rank, name = key.split("/", 1)
+        return _meta(self._states[int(rank)], name) if name in self._states.get(int(rank), ()) else self[key]
 
     def __iter__(self) -> Iterator[str]:
         return (f"{rank}/{name}" for rank, state in self._states.items() for name in state)
