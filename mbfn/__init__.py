@@ -22,7 +22,6 @@ _HOMES = {
     "ParallelConfig": "mbfn.config.parallel",
     "RunConfig": "mbfn.config.run",
     "compose": "mbfn.public",
-    "families": "mbfn.families",
     "model_from_hf": "mbfn.families",
     "model_to_hf": "mbfn.families",
     "open_hf": "mbfn.storage",
@@ -49,6 +48,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "families":  # a package that can be called
+        return importlib.import_module("mbfn.families")
     if name not in _HOMES:
         raise AttributeError(f"module 'mbfn' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

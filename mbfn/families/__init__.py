@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mbfn.config.model import ModelConfig
@@ -72,3 +74,13 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConversionError(f"{file}: expected JSON, found {error}") from None
+
+
+class _CallableModule(ModuleType):
+    """`mbfn.families` is this package and, by the public contract, a function too."""
+
+    def __call__(self) -> tuple[str, ...]:
+        return families()
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -186,3 +186,9 @@ def test_import_mbfn_is_light() -> None:
     code = "import sys, mbfn; print(sorted({'torch', 'numpy', 'hydra', 'transformers'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout == "[]\n"
+
+
+def test_families_is_a_function_and_a_package() -> None:
+    code = "import mbfn; print(mbfn.families()[0]); import mbfn.families as f; print(f.families() == mbfn.families())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout == "llama\nTrue\n"
