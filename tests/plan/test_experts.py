@@ -1,0 +1,113 @@
+"""Models with experts and latent attention: parameters as the conversion places them, operations of the chosen experts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from transformers import DeepseekV3Config, Qwen3MoeConfig
+
+from mbfn.config.model import ModelConfig
+from mbfn.config.parallel import ParallelConfig, coordinates
+from mbfn.config.precision import PrecisionConfig
+from mbfn.config.run import RunConfig
+from mbfn.config.train import TrainConfig
+from mbfn.convert.placement import rank_tensors
+from mbfn.convert.table import table_of
+from mbfn.families import model_from_hf
+from mbfn.plan.comm import traffic
+from mbfn.plan.devices import DEVICES
+from mbfn.plan.flops import token_flops
+from mbfn.plan.memory import stage_memory
+from mbfn.plan.search import search
+from mbfn.plan.speed import estimate
+from mbfn.plan.weights import stage_weights
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> ModelConfig:
+    """DeepSeek-V3, whose published sizes are the defaults of transformers' class."""
+    return model_from_hf({**DeepseekV3Config().to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
+
+
+@pytest.fixture(scope="module")
+def qwen() -> ModelConfig:
+    """Qwen3-30B-A3B."""
+    hf = Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+    )
+    return model_from_hf({**hf.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
+
+
+LAYOUTS = (ParallelConfig(), ParallelConfig(tp=2, pp=3, ep=4), ParallelConfig(tp=2, ep=2, etp=2, dp=2))
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=["one", "tp2pp3ep4", "ep2etp2"])
+def test_stages_hold_what_the_conversion_places(qwen: ModelConfig, parallel: ParallelConfig) -> None:
+    table = table_of(qwen, parallel)
+    for rank in range(0, parallel.world_size, max(parallel.world_size // 4, 1)):
+        placed = sum(math.prod(tensor.shape) for tensor in rank_tensors(table, parallel, rank, "local"))
+        stage = stage_weights(qwen, parallel)[coordinates(parallel, rank).pp]
+        assert stage.held.parameters == placed
+
+
+def test_deepseek_has_the_published_parameters(deepseek: ModelConfig) -> None:
+    (stage,) = stage_weights(deepseek, ParallelConfig())
+    main = stage.held.parameters - _mtp(deepseek)
+    biases = 58 * 256  # the router's correction, a buffer
+    assert main - biases == 671_026_404_352
+
+
+def test_a_token_meets_its_experts_alone(deepseek: ModelConfig, qwen: ModelConfig) -> None:
+    for model, active in ((deepseek, 37e9), (qwen, 3.3e9)):
+        flops = token_flops(model, 4096)
+        matrices = (flops.layers + flops.experts) / 6
+        assert matrices + model.vocab_size * model.hidden_size * 2 == pytest.approx(active, rel=0.06)
+
+
+def test_latent_attention_counts_query_and_value_dims(deepseek: ModelConfig) -> None:
+    layers = 61 + deepseek.mtp_num_layers
+    assert token_flops(deepseek, 4096).attention == 6 * layers * 128 * (192 + 128) * 2048
+
+
+def test_experts_are_cut_over_their_own_ranks(deepseek: ModelConfig) -> None:
+    run = _run(deepseek, ParallelConfig(pp=16, ep=64, dp=64, **_uneven()))
+    held = stage_memory(run)[7].parameters
+    more = stage_memory(_run(deepseek, ParallelConfig(pp=16, ep=32, dp=64, **_uneven())))[7].parameters
+    expert = 3 * 7168 * 2048
+    assert more - held == 4 * 4 * expert  # four layers a stage, four experts more
+    groups = {item.group: item for item in traffic(run)}
+    assert groups["ep"].size == 64
+    assert "edp" not in groups  # each expert once
+    assert estimate(run, DEVICES["h100"]).stages[7].expert_parallel > 0
+
+
+def test_search_cuts_experts(qwen: ModelConfig) -> None:
+    found = search(_run(qwen, ParallelConfig()), DEVICES["h100"], 16)
+    assert {candidate.run.parallel.ep for candidate in found} >= {8, 16}
+    assert all(candidate.run.parallel.world_size == 16 for candidate in found)
+
+
+def _run(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
+    train = TrainConfig(seq_length=4096, micro_batch_size=1, global_batch_size=1024)
+    return RunConfig(model=model, parallel=parallel, precision=PrecisionConfig(params="bf16"), train=train)
+
+
+def _uneven() -> dict[str, int]:
+    return {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2}
+
+
+def _mtp(model: ModelConfig) -> int:
+    from mbfn.plan.weights import mtp_weights
+
+    return mtp_weights(model, ParallelConfig()).parameters
