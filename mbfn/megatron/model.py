@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,28 @@ from mbfn.megatron.specs import block_spec
 
 
 class LanguageModel(GPTModel):
-    """GPTModel whose loss leaves out the padded vocabulary, and whose checkpoint needs no global process groups."""
+    """GPTModel whose loss leaves out the padded vocabulary, and whose checkpoint needs no global process groups.
 
-    def __init__(self, *args: Any, unpadded_vocab_size: int, **kwargs: Any) -> None:
+    Its embeddings can be scaled and its logits capped.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        unpadded_vocab_size: int,
+        embedding_multiplier: float = 1.0,
+        final_logit_softcapping: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.unpadded_vocab_size = unpadded_vocab_size
+        self.unpadded_vocab_size, self.final_logit_softcapping = unpadded_vocab_size, final_logit_softcapping
+        if embedding_multiplier != 1.0 and hasattr(self, "embedding"):
+            self.embedding.register_forward_hook(partial(_multiplied, embedding_multiplier))
+
+    def _scale_logits(self, logits: Tensor) -> Tensor:
+        """Megatron calls this on all logits, before the loss and in its absence."""
+        cap = self.final_logit_softcapping
+        return torch.tanh(logits / cap) * cap if cap else super()._scale_logits(logits)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the real vocabulary, as transformers has it: padding rows get no probability or gradient.
@@ -56,6 +74,12 @@ class LanguageModel(GPTModel):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+
+
+def _multiplied(multiplier: float, module: torch.nn.Module, inputs: tuple, embeddings: Tensor) -> Tensor:
+    """The multiplier rounded to the embeddings' dtype, as transformers has it: in bf16 the root of 3072 is 55.5."""
+    del module, inputs
+    return embeddings * torch.tensor(multiplier, dtype=embeddings.dtype, device="cpu").item()
 
 
 def build_chunks(
@@ -92,6 +116,8 @@ def _build_chunk(
         padded_vocab_size(model, parallel),
         model.max_position_embeddings,
         unpadded_vocab_size=model.vocab_size,
+        embedding_multiplier=model.embedding_multiplier,
+        final_logit_softcapping=model.final_logit_softcapping,
         pre_process=stage == 0 and chunk == 0,
         post_process=stage == parallel.pp - 1 and chunk == parallel.vpp - 1,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,

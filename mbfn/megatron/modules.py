@@ -7,23 +7,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from mbfn.megatron.scores import attend
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """Torch's RMSNorm with the mark by which Megatron sums its gradient over sequence-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_new_device(config))
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=new_device(config))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class Attention(MegatronModule):
     """Core attention on torch's scaled dot product: grouped queries, sliding window, exact context parallelism.
+
+    With soft caps or sinks (`softmax_type`) it is written out, which takes memory for all scores.
 
     With context parallelism a rank holds chunks r and 2n-1-r of the sequence ("zigzag") and gathers keys and values.
     """
@@ -34,15 +39,18 @@ class Attention(MegatronModule):
         layer_number: int,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        softcap: float = 0.0,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
         self.cp = pg_collection.cp
-        self.tp_group = pg_collection.tp  # its (empty) checkpoint state asks for it
-        self.scale = softmax_scale
+        self.tp_group = pg_collection.tp
+        self.scale, self.softcap = softmax_scale, softcap
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
+        self.register_parameter("softmax_offset", _sinks(config, self.tp_group.size()))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
@@ -52,12 +60,25 @@ class Attention(MegatronModule):
         positions = zigzag(query.size(0) * self.cp.size(), self.cp.size(), self.cp.rank()).to(query.device)
         if self.cp.size() > 1:
             key, value = _whole_sequence(key, self.cp), _whole_sequence(value, self.cp)
-        mask = _mask(positions, key.size(0), self.window) if self.cp.size() > 1 or self.window else None
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
-        )
+        if self.softcap or self.softmax_offset is not None:
+            seen, scale = _mask(positions, key.size(0), self.window), self.scale or query.size(-1) ** -0.5
+            out = attend(q, k, v, seen, scale=scale, softcap=self.softcap, sinks=self.softmax_offset)
+        else:
+            mask = _mask(positions, key.size(0), self.window) if self.cp.size() > 1 or self.window else None
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
+            )
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The sinks, where there are any, as the share that this rank holds."""
+        assert metadata is not None
+        own = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets, **groups)
 
 
 def zigzag(length: int, size: int, rank: int) -> Tensor:
@@ -83,5 +104,16 @@ def _mask(positions: Tensor, length: int, window: int | None) -> Tensor:
     return seen & (distance < window) if window else seen
 
 
-def _new_device(config: TransformerConfig) -> torch.device | None:
+def _sinks(config: TransformerConfig, tp: int) -> torch.nn.Parameter | None:
+    """A score for each of the rank's heads that takes its share of the attention and gives nothing."""
+    if config.softmax_type != "learnable":
+        return None
+    heads = config.num_attention_heads // tp
+    sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=new_device(config)))
+    set_tensor_model_parallel_attributes(sinks, is_parallel=True, dim=0, stride=1)
+    return sinks
+
+
+def new_device(config: TransformerConfig) -> torch.device | None:
+    """Where Megatron makes a new weight; none: where torch does."""
     return None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +17,7 @@ from mbfn.config.run import RunConfig
 from mbfn.config.train import Recompute
 from mbfn.convert.table import Impl
 from mbfn.errors import LaunchError
+from mbfn.megatron.activations import activation_settings
 from mbfn.megatron.bootstrap import has_transformer_engine
 from mbfn.megatron.supported import check_supported
 from mbfn.megatron.world import World
@@ -59,7 +59,7 @@ def core_config(
     """Megatron's model settings. Weights are never initialised by Megatron: `mbfn.megatron.weights` sets every one."""
     check_supported(model)
     dtype = DTYPES[precision.params]
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -68,14 +68,16 @@ def core_config(
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.layernorm_epsilon,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=model.zero_centered_gamma,
         gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,  # the layer spec gives each linear its own bias
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
+        softmax_scale=model.softmax_scale,
+        softmax_type="learnable" if model.attention_sinks else "vanilla",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.params == "bf16",
@@ -89,10 +91,14 @@ def core_config(
         cuda_graph_modules=[],
         **_layout(parallel),
         **_window(model),
+        **activation_settings(model, fused=not cpu),
         **_fusions(impl, cpu=cpu),
         **_fp8(precision),
         **_recompute(recompute),
     )
+    for name, value in _yarn(model).items():
+        setattr(config, name, value)
+    return config
 
 
 def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
@@ -163,6 +169,23 @@ def _window(model: ModelConfig) -> dict[str, Any]:
         return {"window_size": span}
     pattern = [int(layer in model.window_layers) for layer in range(model.num_layers)]
     return {"window_size": span, "window_attn_skip_freq": pattern}
+
+
+def _yarn(model: ModelConfig) -> dict[str, float | None]:
+    """What Megatron's attention makes the factor of cosines and sines of: attributes that its config has no field for.
+
+    Multi-latent attention has fields for them, and its own rotary embedding.
+    """
+    scaling = model.rope_scaling
+    if scaling.rope_type != "yarn" or model.mla is not None:
+        return {}
+    mscale = (scaling.mscale, scaling.mscale_all_dim) if scaling.mscale and scaling.mscale_all_dim else (None, None)
+    return {
+        "yarn_rotary_scaling_factor": scaling.factor,
+        "yarn_mscale": mscale[0],
+        "yarn_mscale_all_dim": mscale[1],
+        "apply_rope_fusion": False,  # the fused kernel has no such factor
+    }
 
 
 def _fusions(impl: Impl, *, cpu: bool) -> dict[str, Any]:

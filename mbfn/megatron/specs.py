@@ -11,19 +11,22 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mbfn.config.model import ModelConfig
+from mbfn.megatron.attention import TwoBaseSelfAttention
 from mbfn.megatron.modules import Attention, RMSNorm
+from mbfn.megatron.norms import ZeroCenteredRMSNorm, post_normed
 from mbfn.megatron.settings import Impl
 
 
 def block_spec(model: ModelConfig, num_layers: int, impl: Impl) -> TransformerBlockSubmodules:
     """The spec of `num_layers` decoder layers and the final norm."""
     layer = ModuleSpec(module=TransformerLayer, submodules=layer_submodules(model, impl))
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_final_norm(impl))
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=layer_norm(model, impl))
 
 
 def layer_submodules(model: ModelConfig, impl: Impl) -> TransformerLayerSubmodules:
@@ -32,16 +35,49 @@ def layer_submodules(model: ModelConfig, impl: Impl) -> TransformerLayerSubmodul
         layer = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=model.qk_layernorm)
     else:
         layer = get_gpt_layer_local_submodules(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-        layer = _on_torch(layer, qk_layernorm=model.qk_layernorm)
+        layer = _on_torch(layer, layer_norm(model, impl), qk_layernorm=model.qk_layernorm)
+    layer = _with_attention(layer, model, impl)
+    if model.sandwich_norms:
+        layer = _with_post_norms(layer, layer_norm(model, impl))
     return _with_biases(layer, model)
 
 
-def _on_torch(layer: TransformerLayerSubmodules, *, qk_layernorm: bool) -> TransformerLayerSubmodules:
-    parts = replace(layer.self_attention.submodules, core_attention=Attention)
+def _on_torch(layer: TransformerLayerSubmodules, norm: Callable, *, qk_layernorm: bool) -> TransformerLayerSubmodules:
+    parts = layer.self_attention.submodules
     if qk_layernorm:
-        parts = replace(parts, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+        parts = replace(parts, q_layernorm=norm, k_layernorm=norm)
     attention = replace(layer.self_attention, submodules=parts)
-    return replace(layer, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention)
+    return replace(layer, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
+
+
+def _with_attention(layer: TransformerLayerSubmodules, model: ModelConfig, impl: Impl) -> TransformerLayerSubmodules:
+    attention = layer.self_attention
+    core = attention.submodules.core_attention
+    if impl == "local" or model.attn_logit_softcapping:  # Transformer Engine has no soft cap
+        core = functools.partial(Attention, softcap=model.attn_logit_softcapping)
+    elif model.attention_sinks:
+        core = _cut_sinks(core)
+    module = attention.module if model.local_rotary_base is None else TwoBaseSelfAttention
+    parts = replace(attention.submodules, core_attention=core)
+    return replace(layer, self_attention=replace(attention, module=module, submodules=parts))
+
+
+def _cut_sinks(attention: Callable) -> Callable:
+    """Mark Transformer Engine's sinks as this rank's share, so that the gradient norm counts all."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = attention(*args, **kwargs)
+        set_tensor_model_parallel_attributes(built.softmax_offset, is_parallel=True, dim=0, stride=1)
+        return built
+
+    return build
+
+
+def _with_post_norms(layer: TransformerLayerSubmodules, norm: Callable) -> TransformerLayerSubmodules:
+    parts = layer.self_attention.submodules
+    parts = replace(parts, linear_proj=post_normed(parts.linear_proj, norm))
+    mlp = layer.mlp.keywords["submodules"]
+    return _replaced(layer, parts, replace(mlp, linear_fc2=post_normed(mlp.linear_fc2, norm)))
 
 
 def _with_biases(layer: TransformerLayerSubmodules, model: ModelConfig) -> TransformerLayerSubmodules:
@@ -54,9 +90,14 @@ def _with_biases(layer: TransformerLayerSubmodules, model: ModelConfig) -> Trans
         linear_fc1=_biased(mlp.linear_fc1, bias=model.add_mlp_bias),
         linear_fc2=_biased(mlp.linear_fc2, bias=model.add_mlp_bias),
     )
+    return _replaced(layer, parts, mlp)
+
+
+def _replaced(layer: TransformerLayerSubmodules, attention: Any, mlp: Any) -> TransformerLayerSubmodules:
+    """`layer` with other submodules of its attention and MLP."""
     return replace(
         layer,
-        self_attention=replace(layer.self_attention, submodules=parts),
+        self_attention=replace(layer.self_attention, submodules=attention),
         mlp=functools.partial(layer.mlp.func, **{**layer.mlp.keywords, "submodules": mlp}),
     )
 
@@ -68,9 +109,10 @@ def _biased(builder: Callable, *, bias: bool) -> Callable:
     return build if bias else builder
 
 
-def _final_norm(impl: Impl) -> Any:
+def layer_norm(model: ModelConfig, impl: Impl) -> Callable:
+    """The norm of every sublayer of `model`."""
     if impl == "local":
-        return RMSNorm
+        return ZeroCenteredRMSNorm if model.zero_centered_gamma else RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return TENorm
+    return TENorm  # around 1 by Megatron's config

@@ -9,18 +9,8 @@ NOT_YET: dict[str, object] = {  # field: the value that every model had before t
     "moe": None,
     "mla": None,
     "mtp_num_layers": 0,
-    "activation": "swiglu",
-    "zero_centered_gamma": False,
-    "sandwich_norms": False,
     "qk_layernorm_full": False,
-    "embedding_multiplier": 1.0,
-    "softmax_scale": None,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
-    "attention_sinks": False,
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "local_rotary_base": None,
 }
 
 
@@ -30,8 +20,6 @@ def check_supported(model: ModelConfig) -> None:
     Raises: LaunchError naming the fields.
     """
     used = [name for name, neutral in NOT_YET.items() if getattr(model, name) != neutral]
-    if model.rope_scaling.rope_type == "yarn":
-        used.append("rope_scaling (yarn)")
     if used:
         raise LaunchError(
             f"model.{used[0]}: family {model.family} converts but does not train yet: its {', '.join(used)} "

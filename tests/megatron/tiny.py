@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -49,6 +55,21 @@ _LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
+_GEMMA: dict[str, Any] = {**SIZES, "head_dim": 32, "tie_word_embeddings": True}  # wider than hidden_size / heads
+_TWO_BASES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+_LOCAL_GLOBAL = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 
 def _llama(**settings: Any) -> PreTrainedModel:
@@ -69,6 +90,24 @@ VARIANTS: Mapping[str, Callable[[], PreTrainedModel]] = {
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=2)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 32, "tie_word_embeddings": True})),
+    "rope_yarn": lambda: _llama(rope_parameters=_YARN),
+    "rope_yarn_mscale": lambda: _llama(
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": True}
+    ),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_GEMMA)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **_GEMMA,
+            sliding_window=7,
+            query_pre_attn_scalar=20,
+            attn_logit_softcapping=0.2,  # scores and logits here are that small
+            final_logit_softcapping=0.5,
+        )
+    ),
+    "gemma2_biased": lambda: Gemma2ForCausalLM(Gemma2Config(**_GEMMA, sliding_window=5, attention_bias=True)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GEMMA, sliding_window=7, layer_types=_LOCAL_GLOBAL, rope_parameters=_TWO_BASES)
+    ),
 }
 
 
