@@ -44,7 +44,9 @@ class MoEConfig:
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1  # groups that the experts are chosen from
     moe_router_topk_scaling_factor: float = 1.0
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = "aux_loss"
     moe_aux_loss_coeff: float = 0.0
+    moe_router_bias_update_rate: float = 0.001  # step of the expert bias towards equal loads
     add_router_bias: bool = False
     add_expert_bias: bool = False
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from mbfn.config.model import ModelConfig, padded_vocab_size
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
+from mbfn.megatron.mtp import FurtherTokens, mtp_spec
 from mbfn.megatron.rotary import inverse_frequencies
 from mbfn.megatron.settings import Impl
 from mbfn.megatron.specs import block_spec
 
 
-class LanguageModel(GPTModel):
+class LanguageModel(FurtherTokens):
     """GPTModel whose loss leaves out the padded vocabulary, and whose checkpoint needs no global process groups.
 
     Its embeddings can be scaled and its logits capped.
@@ -94,7 +94,7 @@ def build_chunks(
     stage = groups.pp.rank()
     layers = pipeline_layers(model.num_layers, parallel)[stage]
     return tuple(
-        _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, num_layers=len(held))
+        _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, layers=held)
         for chunk, held in enumerate(layers)
     )
 
@@ -108,11 +108,11 @@ def _build_chunk(
     impl: Impl,
     stage: int,
     chunk: int,
-    num_layers: int,
+    layers: range,
 ) -> LanguageModel:
     built = LanguageModel(
         config,
-        block_spec(model, num_layers, impl),
+        block_spec(model, layers, impl),
         padded_vocab_size(model, parallel),
         model.max_position_embeddings,
         unpadded_vocab_size=model.vocab_size,
@@ -123,8 +123,10 @@ def _build_chunk(
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
+        mtp_block_spec=mtp_spec(model, impl),
         pg_collection=groups,
         vp_stage=chunk if parallel.vpp > 1 else None,
     )
-    built.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(built.rotary_pos_emb.inv_freq.device)
+    if model.mla is None:
+        built.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(built.rotary_pos_emb.inv_freq.device)
     return built

@@ -19,6 +19,8 @@ from mbfn.convert.table import Impl
 from mbfn.errors import LaunchError
 from mbfn.megatron.activations import activation_settings
 from mbfn.megatron.bootstrap import has_transformer_engine
+from mbfn.megatron.latent import config_class, latent_settings
+from mbfn.megatron.moe import moe_settings
 from mbfn.megatron.supported import check_supported
 from mbfn.megatron.world import World
 
@@ -59,7 +61,7 @@ def core_config(
     """Megatron's model settings. Weights are never initialised by Megatron: `mbfn.megatron.weights` sets every one."""
     check_supported(model)
     dtype = DTYPES[precision.params]
-    config = TransformerConfig(
+    fields: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -72,7 +74,7 @@ def core_config(
         gated_linear_unit=True,
         add_bias_linear=False,  # the layer spec gives each linear its own bias
         add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
+        qk_layernorm=model.qk_layernorm and not model.qk_layernorm_full,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -88,6 +90,7 @@ def core_config(
         transformer_impl="transformer_engine" if impl == "te" else "local",
         persist_layer_norm=False,
         masked_softmax_fusion=False,
+        mtp_num_layers=model.mtp_num_layers or None,
         cuda_graph_modules=[],
         **_layout(parallel),
         **_window(model),
@@ -96,6 +99,8 @@ def core_config(
         **_fp8(precision),
         **_recompute(recompute),
     )
+    fields |= latent_settings(model) | moe_settings(model, parallel, impl=impl, cpu=cpu)
+    config = config_class(model)(**fields)
     for name, value in _yarn(model).items():
         setattr(config, name, value)
     return config

@@ -18,28 +18,68 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from mbfn.config.model import ModelConfig
 from mbfn.megatron.attention import TwoBaseSelfAttention
+from mbfn.megatron.full_norm import FullNormSelfAttention
+from mbfn.megatron.latent import LATENT_KEYS, LatentAttention, on_torch
 from mbfn.megatron.modules import Attention, RMSNorm
+from mbfn.megatron.moe import moe_builder
 from mbfn.megatron.norms import ZeroCenteredRMSNorm, post_normed
 from mbfn.megatron.settings import Impl
 
 
-def block_spec(model: ModelConfig, num_layers: int, impl: Impl) -> TransformerBlockSubmodules:
-    """The spec of `num_layers` decoder layers and the final norm."""
-    layer = ModuleSpec(module=TransformerLayer, submodules=layer_submodules(model, impl))
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=layer_norm(model, impl))
+def block_spec(model: ModelConfig, layers: range, impl: Impl) -> TransformerBlockSubmodules:
+    """The spec of decoder `layers` and the final norm."""
+    dense, sparse = (
+        ModuleSpec(module=TransformerLayer, submodules=layer_submodules(model, impl, sparse=sparse))
+        for sparse in (False, model.moe is not None)
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[sparse if model.moe and i not in model.moe.dense_layers else dense for i in layers],
+        layer_norm=layer_norm(model, impl),
+    )
 
 
-def layer_submodules(model: ModelConfig, impl: Impl) -> TransformerLayerSubmodules:
-    """One decoder layer of `model`."""
-    if impl == "te":
-        layer = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=model.qk_layernorm)
-    else:
-        layer = get_gpt_layer_local_submodules(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-        layer = _on_torch(layer, layer_norm(model, impl), qk_layernorm=model.qk_layernorm)
-    layer = _with_attention(layer, model, impl)
+def layer_submodules(model: ModelConfig, impl: Impl, *, sparse: bool = False) -> TransformerLayerSubmodules:
+    """One decoder layer of `model`, dense or with experts."""
+    layer = _core_layer(model, impl, sparse=sparse)
+    if impl == "local":
+        layer = _on_torch(layer, layer_norm(model, impl), qk_layernorm=_norms_each_head(model))
+        layer = replace(layer, sharded_state_dict_keys_map=_checkpoint_keys(model, sparse=sparse))
+    layer = _with_latent(layer, model, impl) if model.mla else _with_attention(layer, model, impl)
     if model.sandwich_norms:
         layer = _with_post_norms(layer, layer_norm(model, impl))
-    return _with_biases(layer, model)
+    return _with_biases(layer, model, sparse=sparse)
+
+
+def _core_layer(model: ModelConfig, impl: Impl, *, sparse: bool) -> TransformerLayerSubmodules:
+    common: dict[str, Any] = {
+        "num_experts": model.moe.num_moe_experts if model.moe and sparse else None,
+        "moe_grouped_gemm": sparse,
+        "qk_layernorm": _norms_each_head(model) or model.mla is not None,
+        "multi_latent_attention": model.mla is not None,
+    }
+    if impl == "te":
+        layer = get_gpt_layer_with_transformer_engine_submodules(**common)
+    else:
+        layer = get_gpt_layer_local_submodules(**common, normalization="RMSNorm")
+    return replace(layer, mlp=moe_builder(layer.mlp, model.moe)) if model.moe and sparse else layer
+
+
+def _norms_each_head(model: ModelConfig) -> bool:
+    return model.qk_layernorm and not model.qk_layernorm_full
+
+
+def _checkpoint_keys(model: ModelConfig, *, sparse: bool) -> dict[str, str]:
+    """Checkpoint keys of the local modules: Transformer Engine's, which keeps norms in the linear that follows."""
+    keys = dict(LATENT_KEYS) if model.mla else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return keys if sparse else keys | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def _with_latent(layer: TransformerLayerSubmodules, model: ModelConfig, impl: Impl) -> TransformerLayerSubmodules:
+    parts = layer.self_attention.submodules
+    if impl == "local":
+        parts = on_torch(parts, model, Attention)
+    attention = replace(layer.self_attention, module=LatentAttention, submodules=parts)
+    return replace(layer, self_attention=attention)
 
 
 def _on_torch(layer: TransformerLayerSubmodules, norm: Callable, *, qk_layernorm: bool) -> TransformerLayerSubmodules:
@@ -58,6 +98,7 @@ def _with_attention(layer: TransformerLayerSubmodules, model: ModelConfig, impl:
     elif model.attention_sinks:
         core = _cut_sinks(core)
     module = attention.module if model.local_rotary_base is None else TwoBaseSelfAttention
+    module = FullNormSelfAttention if model.qk_layernorm_full else module
     parts = replace(attention.submodules, core_attention=core)
     return replace(layer, self_attention=replace(attention, module=module, submodules=parts))
 
@@ -80,11 +121,13 @@ def _with_post_norms(layer: TransformerLayerSubmodules, norm: Callable) -> Trans
     return _replaced(layer, parts, replace(mlp, linear_fc2=post_normed(mlp.linear_fc2, norm)))
 
 
-def _with_biases(layer: TransformerLayerSubmodules, model: ModelConfig) -> TransformerLayerSubmodules:
+def _with_biases(layer: TransformerLayerSubmodules, model: ModelConfig, *, sparse: bool) -> TransformerLayerSubmodules:
     """Give the output projection and the MLP their biases apart: Megatron's config has one switch for both."""
     parts = layer.self_attention.submodules
     parts = replace(parts, linear_proj=_biased(parts.linear_proj, bias=model.add_proj_bias))
     mlp = layer.mlp.keywords["submodules"]
+    if sparse:
+        return _replaced(layer, parts, mlp)
     mlp = replace(
         mlp,
         linear_fc1=_biased(mlp.linear_fc1, bias=model.add_mlp_bias),
@@ -110,7 +153,6 @@ def _biased(builder: Callable, *, bias: bool) -> Callable:
 
 
 def layer_norm(model: ModelConfig, impl: Impl) -> Callable:
-    """The norm of every sublayer of `model`."""
     if impl == "local":
         return ZeroCenteredRMSNorm if model.zero_centered_gamma else RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm

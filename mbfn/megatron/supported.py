@@ -6,11 +6,6 @@ from mbfn.config.model import ModelConfig
 from mbfn.errors import LaunchError
 
 NOT_YET: dict[str, object] = {  # field: the value that every model had before there was the field
-    "moe": None,
-    "mla": None,
-    "mtp_num_layers": 0,
-    "qk_layernorm_full": False,
-    "rotary_interleaved": False,
 }
 
 

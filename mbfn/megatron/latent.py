@@ -1,0 +1,140 @@
+"""Multi-latent attention with the gradients of every tensor-parallel layout right, and its rotary positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from mbfn.config.model import ModelConfig, RopeScaling
+from mbfn.megatron.modules import RMSNorm
+
+# Checkpoint keys of the local modules: Transformer Engine keeps these norms in the linear that follows.
+LATENT_KEYS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
+def latent_settings(model: ModelConfig) -> dict[str, Any]:
+    """Settings of `MLATransformerConfig` beyond those of other models; none without latent attention."""
+    mla, scaling = model.mla, model.rope_scaling
+    if mla is None:
+        return {}
+    yarn = scaling.rope_type == "yarn"
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": mla.q_lora_rank,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_pos_emb_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": 1.0,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_scaling_factor": scaling.factor if yarn else 1.0,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "mscale": _mscale(scaling) if yarn else 1.0,
+        "mscale_all_dim": scaling.mscale_all_dim if yarn else 0.0,
+        "qk_layernorm": False,  # it would sum the gradient of a norm that every tensor-parallel rank has whole
+        "rotary_interleaved": False,  # latent attention always turns pairs of neighbours
+        "apply_rope_fusion": False,
+    }
+
+
+def config_class(model: ModelConfig) -> type[TransformerConfig]:
+    """Megatron's class of settings for `model`."""
+    return TransformerConfig if model.mla is None else MLATransformerConfig
+
+
+def on_torch(parts: MLASelfAttentionSubmodules, model: ModelConfig, core_attention: type) -> MLASelfAttentionSubmodules:
+    """The local modules, on torch's norm and attention."""
+    assert model.mla is not None
+    q_norm = IdentityOp if model.mla.q_lora_rank is None else RMSNorm
+    return replace(parts, core_attention=core_attention, q_layernorm=q_norm, kv_layernorm=RMSNorm)
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's, whose shared rotary key gets the gradient of all heads, not of one rank's."""
+
+    linear_q_down_proj: torch.nn.Module
+    linear_kv_down_proj: torch.nn.Module
+
+    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
+            # The constructor takes no class but those it knows; cut over ranks the projection would not fit its rule.
+            tp = self.pg_collection.tp
+            if config.q_lora_rank is not None:
+                self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank, tp)
+            self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim, tp)
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """The modules of the spec as they are: Megatron would put a norm before an uncompressed query too."""
+        query = ModuleSpec(module=submodules.linear_q_proj, params={"tp_group": self.pg_collection.tp})
+        return {
+            "linear_q_proj": query,
+            "linear_q_up_proj": submodules.linear_q_up_proj,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": submodules.q_layernorm,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        queries, combined = super()._qkv_down_projection(hidden_states)
+        if self.pg_collection.tp.size() == 1 or self.config.sequence_parallel:
+            return queries, combined
+        latent, key = combined.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
+        key = copy_to_tensor_model_parallel_region(key, group=self.pg_collection.tp)
+        return queries, torch.cat([latent, key], dim=-1)
+
+
+class WholeLinear(torch.nn.Module):
+    """A projection of the hidden state that every tensor-parallel rank holds whole."""
+
+    def __init__(self, config: TransformerConfig, size: int, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+        self.tp_group = tp_group
+        self.weight = torch.nn.Parameter(
+            torch.empty(size, config.hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """The projection, and no bias."""
+        return F.linear(x, self.weight), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The weight as replicas."""
+        assert metadata is not None
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets, **groups)
+
+
+def _mscale(scaling: RopeScaling) -> float:
+    """Megatron's `mscale` that gives rotary cosines and sines transformers' factor.
+
+    Megatron multiplies them by g(mscale) / g(mscale_all_dim) with g(m) = 0.1 * m * log(factor) + 1; transformers by
+    that only where both are given, else by g(1).
+    """
+    if (scaling.mscale and scaling.mscale_all_dim) or scaling.factor <= 1:
+        return scaling.mscale
+    growth = 0.1 * math.log(scaling.factor)
+    return ((growth + 1) * (growth * scaling.mscale_all_dim + 1) - 1) / growth

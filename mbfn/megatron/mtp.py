@@ -1,0 +1,102 @@
+"""Layers that predict further tokens (MTP), and the loss they add in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel, gpt_model
+from megatron.core.transformer.multi_token_prediction import (
+    MTPLossAutoScaler,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+    roll_tensor,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from mbfn.config.model import ModelConfig
+from mbfn.convert.table import Impl
+from mbfn.megatron.device import attributes
+from mbfn.megatron.specs import layer_norm, layer_submodules
+
+
+def mtp_spec(model: ModelConfig, impl: Impl) -> MultiTokenPredictionBlockSubmodules | None:
+    """The layers that predict further tokens: decoder layers with what joins them to the embedding."""
+    if not model.mtp_num_layers:
+        return None
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    norm = layer_norm(model, impl)
+    parts = MultiTokenPredictionLayerSubmodules(
+        enorm=norm,
+        hnorm=norm,
+        layer_norm=norm,
+        eh_proj=_column_linear(impl),
+        mtp_model_layer=ModuleSpec(
+            module=TransformerLayer, submodules=layer_submodules(model, impl, sparse=model.moe is not None)
+        ),
+    )
+    layer = ModuleSpec(module=MultiTokenPredictionLayer, submodules=parts)
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.mtp_num_layers)
+
+
+class FurtherTokens(GPTModel):
+    """GPTModel whose further tokens need no global process groups, and are left out where there is no loss."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        last = kwargs["post_process"]
+        with attributes(gpt_model, {"mtp_on_this_rank": lambda **_: last}):
+            super().__init__(*args, **kwargs)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        if not self.mtp_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, **inputs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is not None:
+            names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "padding_mask")
+            passed = {name: inputs[name] for name in names}
+            ahead = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **passed)
+            hidden_states, *further = ahead.chunk(1 + self.config.mtp_num_layers)
+            losses = self._further_losses(further, labels, inputs["loss_mask"], weight)
+            hidden_states = MTPLossAutoScaler.apply(hidden_states, losses)
+        logits = self._scale_logits(self.output_layer(hidden_states, weight=weight)[0])
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _further_losses(self, further: list[Tensor], labels: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
+        """Each token's part of the added loss, counted in tokens of the main loss.
+
+        A mean over the tokens that have a further one, as Megatron has it: their sum is divided by their number and
+        multiplied by that of the main loss, which divides all gradients later. Shapes: labels, mask (B, S) -> (B, S).
+        """
+        whole, cp = _count(mask, self.cp_group), self.cp_group
+        total = torch.zeros_like(mask)
+        for hidden in further:
+            labels, _ = roll_tensor(labels, shifts=-1, dims=-1, cp_group=cp)
+            mask, _ = roll_tensor(mask, shifts=-1, dims=-1, cp_group=cp)
+            logits = self._scale_logits(self.output_layer(hidden, weight=weight)[0])
+            share = whole / _count(mask, cp).clamp(min=1)
+            total = total + self.compute_language_model_loss(labels, logits) * mask * share
+        return total * (self.config.mtp_loss_scaling_factor / len(further))
+
+
+def _count(mask: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Tokens that count, over all parts of the sequences."""
+    count = mask.sum()
+    if group.size() > 1:
+        dist.all_reduce(count, group=group)
+    return count
+
+
+def _column_linear(impl: Impl) -> type:
+    if impl == "local":
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        return ColumnParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
