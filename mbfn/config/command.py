@@ -37,21 +37,24 @@ class RunContext:
 
 
 def hydra_main[T](
-    task: Callable[[T, RunContext], None],
+    task: Callable[[T, RunContext], object],
     *,
     root: type[T],
     config_name: str,
     model_from_hf: ModelFromHf | None = None,
     outputs: bool = True,
+    positional: Sequence[str] = (),
 ) -> None:
     """Run `task` on the `root` that conf/<config_name>.yaml and the command line make; once a job of a multirun.
 
+    What `task` returns is the job's result for sweepers that look for the best one.
     `model_from_hf` reads the model group from `init.hf` where the user chose no model. With `outputs=False` nothing
-    is written but what the task writes: no output directory, no log file.
+    is written but what the task writes: no output directory, no log file. Arguments that are no overrides fill the text
+    fields named by `positional`, in order.
     An MbfnError, of the configuration or of the task, prints one line a problem on stderr and exits with its code.
     """
     try:
-        flags = _parse(sys.argv[1:])
+        flags = _parse(sys.argv[1:], positional)
         known = catalog(root, flags.config_name or config_name, [flags.config_dir] if flags.config_dir else [])
         if flags.help:
             sys.stdout.write(help_text(known))
@@ -60,21 +63,29 @@ def hydra_main[T](
         ours = [f"hydra.job.name={_job_name()}", *(() if outputs else _WRITES_NOTHING), *search_path_override(known)]
         _run_hydra(_job(task, known), known, [*_flag_arguments(flags), *ours, *overrides])
     except MbfnError as error:
-        _exit(error)
+        end_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def _parse(arguments: Sequence[str], positional: Sequence[str]) -> Namespace:
     """Hydra's own flags, wherever they stand among the overrides."""
     from hydra.main import get_args_parser
 
     parser = get_args_parser()
     parser.error = _refuse
     flags = parser.parse_intermixed_args(list(arguments))
+    bare = [text for text in flags.overrides if "=" not in text and not text.startswith("~")]
+    named = {text: f"{name}={_quoted(text)}" for name, text in zip(positional, bare, strict=False)}
+    flags.overrides = [named.get(text, text) for text in flags.overrides]
     if flags.config_path:
         raise ConfigError([("--config-path", "our groups cannot be left out; add yours with --config-dir")])
     return flags
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _refuse(message: str) -> NoReturn:
@@ -106,10 +117,10 @@ def _preflight(known: Catalog, flags: Namespace, model_from_hf: ModelFromHf | No
     return [*spelled, *([f"model={FROM_HF}"] if from_hf else [])]
 
 
-def _job(task: Callable[[Any, RunContext], None], known: Catalog) -> Callable[[Any], None]:
+def _job(task: Callable[[Any, RunContext], object], known: Catalog) -> Callable[[Any], object]:
     """The function that Hydra calls with each job's composed tree."""
 
-    def job(composed: Any) -> None:
+    def job(composed: Any) -> object:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf
 
@@ -122,14 +133,14 @@ def _job(task: Callable[[Any, RunContext], None], known: Catalog) -> Callable[[A
                 overrides=tuple(hydra.overrides.task),
                 job_num=0 if OmegaConf.is_missing(hydra.job, "num") else int(hydra.job.num),
             )
-            task(build(known.root, tree), context)
+            return task(build(known.root, tree), context)
         except MbfnError as error:
-            _exit(error)
+            end_with(error)
 
     return job
 
 
-def _run_hydra(job: Callable[[Any], None], known: Catalog, arguments: Sequence[str]) -> None:
+def _run_hydra(job: Callable[[Any], object], known: Catalog, arguments: Sequence[str]) -> None:
     import hydra
 
     app = hydra.main(config_path=str(known.primary.parent), config_name=known.config_name, version_base="1.3")(job)
@@ -154,7 +165,8 @@ def _job_name() -> str:
     return program.parent.name if program.name == "__main__.py" else program.stem
 
 
-def _exit(error: MbfnError) -> NoReturn:
+def end_with(error: MbfnError) -> NoReturn:
+    """Print the error's lines and end this process with its exit code."""
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -1,6 +1,11 @@
-"""The recipes of experiments/ as Hydra's group `experiment`. Imported only once Hydra is."""
+"""What Hydra has to know of mbfn: the group `experiment` (the recipes of experiments/) and `${run_digest:}`.
+
+Imported only once Hydra is; jobs of submitit import it with Hydra's list of plugins.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
@@ -8,8 +13,11 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
 
+from mbfn.config.build import build
 from mbfn.config.groups import experiments_dir
+from mbfn.config.run import RunConfig
 
 _GROUP = "experiment"
 
@@ -47,6 +55,16 @@ def register() -> None:
     """Make Hydra aware of both; again is nothing."""
     Plugins.instance().register(ExperimentSource)
     Plugins.instance().register(ExperimentSearchPath)
+
+
+def run_digest(*, _root_: DictConfig) -> str:
+    """The digest of the run that a composed tree describes."""
+    task = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
+    tree: Any = OmegaConf.to_container(task, resolve=True)
+    return build(RunConfig, tree).digest
+
+
+OmegaConf.register_new_resolver("run_digest", run_digest, replace=True)
 
 
 def _inside(path: str) -> bool:

@@ -99,7 +99,7 @@ def _watch(job: Job, submission: Submission, stop: Callable[[], int]) -> int:
         here = os.path.relpath(job.output_dir)
         print(f"job {submission.job_id} goes on; `python -m mbfn.status {here}` looks at it")
         return 128 + stop()
-    end = end_of(states[job.output_dir], job.output_dir, log)
+    end = end_of(states[job.output_dir], job, log)
     sys.stdout.flush()
     if end.code == 1:
         sys.stderr.write(end.detail)

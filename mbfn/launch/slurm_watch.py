@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbfn.launch.failures import first_failure
+from mbfn.launch.results import finished
 from mbfn.launch.slurm_files import Submission, attempts
-from mbfn.launch.slurm_queue import JobState, down_nodes, job_states
+from mbfn.launch.slurm_queue import LOST, JobState, down_nodes, job_states
 from mbfn.launch.slurm_script import SAVED
+from mbfn.train.job import Job
 from mbfn.train.stop import REQUEUE
 
 _LAST_LINES = 15
@@ -73,24 +75,22 @@ def describe(state: JobState) -> str:
     return f"job {state.job_id}: {state.state}{why}{again}"
 
 
-def end_of(state: JobState, output_dir: Path, log: Path) -> End:
+def end_of(state: JobState, job: Job, log: Path) -> End:
     """What the end of a job means, with its cause: a rank's own failure, a lost node, a limit, a cancellation."""
-    places = attempts(output_dir, state.raw_id)
-    attempt = places[-1] if places else output_dir
-    if state.state == "COMPLETED":
+    places = attempts(job.output_dir, None if state.state == LOST else state.raw_id)
+    attempt = places[-1] if places else job.output_dir
+    if state.state == "COMPLETED" or (state.state == LOST and finished(job.run, job.output_dir)):
         return End(code=0, text="done")
-    if (attempt / SAVED).exists() and state.exit_code.startswith(f"{REQUEUE}:"):
-        return End(
-            code=REQUEUE,
-            text=f"job {state.job_id}: stopped and saved; the same command with this output directory goes on",
-        )
+    saved = (attempt / SAVED).exists()
+    if saved and (state.state == LOST or state.exit_code.startswith(f"{REQUEUE}:")):
+        text = f"job {state.job_id}: stopped and saved; the same command with this output directory goes on"
+        return End(code=REQUEUE, text=text)
     where = f"job {state.job_id} {state.state}{_exit(state)}; logs: {log}, {attempt}"
     failure = first_failure(attempt)
     if failure is not None and state.state not in _OWN_CAUSE:
         return End(code=1, text=f"rank {failure.rank}: {failure.message}; {where}", detail=failure.detail)
     if cause := _cause(state):
-        saved = "; its state is saved" if (attempt / SAVED).exists() else ""
-        return End(code=1, text=f"{cause}{saved}; {where}")
+        return End(code=1, text=f"{cause}{'; its state is saved' if saved else ''}; {where}")
     cause = "ended without a word from its ranks; the last lines of its log are above"
     return End(code=1, text=f"{cause}; {where}", detail=_tail(log))
 

@@ -9,8 +9,9 @@ from mbfn.config.command import RunContext, hydra_main
 from mbfn.config.run import RunConfig
 
 
-def main(run: RunConfig, context: RunContext) -> None:
-    """Check that the run can start here, then run it in this process or on local ranks."""
+def main(run: RunConfig, context: RunContext) -> float | None:
+    """Check that the run can start here, then run it as its launch group says; its loss, for sweepers."""
+    from mbfn.launch.results import result
     from mbfn.launch.start import start
     from mbfn.train.job import Job
     from mbfn.train.stop import listen
@@ -19,6 +20,7 @@ def main(run: RunConfig, context: RunContext) -> None:
     job = Job(run=run, output_dir=context.output_dir, command=("python", "-m", "mbfn.train", *context.overrides))
     if code := start(job, stop, os.environ):
         sys.exit(code)
+    return result(context.output_dir)
 
 
 if __name__ == "__main__":

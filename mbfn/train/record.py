@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mbfn.train.loop import Observer
-from mbfn.train.state import Metrics, TrainState
+if TYPE_CHECKING:
+    from mbfn.train.loop import Observer
+    from mbfn.train.state import Metrics, TrainState
 
 Record = dict[str, float | None]
 

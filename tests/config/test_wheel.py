@@ -30,7 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A built wheel, unpacked as an installer does it."""
     place = tmp_path_factory.mktemp("wheel")
     source = place / "source"
-    for name in ("mbfn", "conf", "experiments"):
+    for name in ("mbfn", "hydra_plugins", "conf", "experiments"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", source)
     (source / "README.md").write_text("mbfn\n")
@@ -46,6 +46,12 @@ def test_every_configuration_file_is_in_the_wheel(installed: Path) -> None:
     for ours, name in ((conf_dir(), "conf"), (experiments_dir(), "experiments")):
         packed = {path.relative_to(installed / "mbfn" / name) for path in (installed / "mbfn" / name).rglob("*.yaml")}
         assert packed == {path.relative_to(ours) for path in ours.rglob("*.yaml")}
+
+
+def test_the_launcher_is_where_hydra_looks_for_it(installed: Path) -> None:
+    assert [path.name for path in (installed / "hydra_plugins").rglob("*.py")] == ["__init__.py"]
+    assert not (installed / "hydra_plugins/__init__.py").exists(), "a namespace that other distributions share"
+    assert (installed / "hydra_plugins/mbfn_launcher/__init__.py").is_file()
 
 
 def test_the_wheel_composes_from_its_own_files(installed: Path) -> None:
