@@ -49,7 +49,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
     A tensor depends on the seed and its own name alone, so every layout, cut from it, starts from the same model.
     Normal with `init_method_std`; output projections of the residual stream are divided by sqrt(2 * num_layers), as
-    Megatron does; norms are 1 and biases 0.
+    Megatron does; norms multiply by 1 and biases are 0.
     """
 
     def __init__(self, model: ModelConfig, shapes: Mapping[str, Shape], seed: int) -> None:
@@ -57,10 +57,10 @@ class RandomWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             return torch.zeros(shape)
-        if len(shape) == 1:
-            return torch.ones(shape)
+        if len(shape) == 1 and not name.endswith("sinks"):
+            return torch.full(shape, 0.0 if self._model.zero_centered_gamma else 1.0)
         generator = torch.Generator().manual_seed(_stream(self._seed, name))
         return torch.empty(shape).normal_(0.0, self._std(name), generator=generator)
 
@@ -76,7 +76,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
     def _std(self, name: str) -> float:
         std = self._model.init_method_std
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
         return std / math.sqrt(2 * self._model.num_layers) if residual else std
 
 

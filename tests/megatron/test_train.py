@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import mbfn.megatron as megatron
@@ -14,7 +13,7 @@ from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_hf, to_megatron
-from tests.megatron.tiny import config_of, hf_model, loss_mask, micro_batches, rows, run_config, train, weights_of
+from tests.megatron.tiny import config_of, hf_model, loss_mask, micro_batches, plain_loop, run_config, train, weights_of
 from tests.ranks import RankError, run_ranks
 
 STEPS = 50
@@ -46,7 +45,7 @@ def single(start: Start) -> list[megatron.StepResult]:
 
 
 def test_one_process_trains_as_transformers_does(start: Start, single: list[megatron.StepResult]) -> None:
-    expected = _plain_loop(start[0])
+    expected = plain_loop("tied", steps=STEPS)
     assert [result.loss for result in single] == pytest.approx([loss for loss, _ in expected], abs=1e-3)
     assert [result.grad_norm for result in single[:5]] == pytest.approx([norm for _, norm in expected[:5]], rel=1e-4)
     assert {result.tokens for result in single} == {int(loss_mask().sum())}
@@ -148,25 +147,3 @@ def test_clipping_off_still_measures_the_norm(start: Start, single: list[megatro
     assert results[0].grad_norm == pytest.approx(single[0].grad_norm, rel=1e-6)
     assert single[0].grad_norm > 1  # so that the clipped run took another step
     assert results[1].loss != single[1].loss
-
-
-def _plain_loop(config: ModelConfig) -> list[tuple[float, float]]:
-    """The losses and gradient norms of transformers with torch's AdamW on the same batches."""
-    run = run_config(config, ParallelConfig())
-    model, optim, mask = hf_model("tied"), run.optim, loss_mask()
-    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
-    rest = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-    betas = (optim.beta1, optim.beta2)
-    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    found = []
-    for step in range(STEPS):
-        batch = rows(step)
-        losses = F.cross_entropy(model(batch[:, :-1]).logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        loss = (losses * mask).sum() / mask.sum()
-        adam.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
-        adam.step()
-        found.append((loss.item(), norm.item()))
-    return found

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -193,3 +194,25 @@ def train(
 
 def _of_rank(run: RunConfig, weights: Mapping[str, Tensor] | None, rank: int) -> Mapping[str, Tensor] | None:
     return None if weights is None else to_megatron(weights, run.model, parallel=run.parallel, rank=rank)
+
+
+def plain_loop(variant: str, *, steps: int) -> list[tuple[float, float]]:
+    """The losses and gradient norms of transformers with torch's AdamW on the same batches."""
+    model, mask = hf_model(variant), loss_mask()
+    optim = run_config(config_of(model), ParallelConfig()).optim
+    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
+    rest = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    betas = (optim.beta1, optim.beta2)
+    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    found = []
+    for step in range(steps):
+        batch = rows(step)
+        losses = F.cross_entropy(model(batch[:, :-1]).logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        loss = (losses * mask).sum() / mask.sum()
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        adam.step()
+        found.append((loss.item(), norm.item()))
+    return found
