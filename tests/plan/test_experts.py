@@ -1,4 +1,4 @@
-"""Models with experts and latent attention: parameters as the conversion places them, operations of the chosen experts."""
+"""Models with experts and latent attention: parameters as conversion places them, operations of the chosen experts."""
 
 from __future__ import annotations
 
