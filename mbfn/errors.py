@@ -1,4 +1,4 @@
-"""Every error a user can cause: one line that names the field, tensor or file, what was expected, what was found, the fix.
+"""Every error a user can cause: one line with the field, tensor or file, what was expected, what was found, the fix.
 
 A command prints the line and exits with `exit_code`; a library call raises the class. A traceback is a bug of mbfn.
 """

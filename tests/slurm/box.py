@@ -1,4 +1,4 @@
-"""A throw-away Slurm on one machine: real daemons, several virtual nodes, loopback only, nothing outside its directory."""
+"""A throw-away Slurm on one machine: real daemons, several virtual nodes, loopback only, all in one directory."""
 
 from __future__ import annotations
 
