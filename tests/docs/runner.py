@@ -2,7 +2,8 @@
 
 A mark stands on the line before a fenced block. In a `console` block the lines that begin with `$ ` are run by bash, in
 a `python` block the whole is one program. `<!-- run: slow -->` leaves the page's test to the slow ones.
-`<!-- file: NAME -->` writes the block to that file instead.
+`<!-- run: fails -->` shows a command that ends with an error line. `<!-- file: NAME -->` writes the block to that
+file instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"<!-- (run|run: slow|file: \S+) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"<!-- (run|run: slow|run: fails|file: \S+) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +56,15 @@ def run_page(page: Path, directory: Path) -> None:
             _run([sys.executable, "-c", block.text], directory)
         else:
             for command in block.commands:
-                _run(["bash", "-c", command], directory)
+                _run(["bash", "-c", command], directory, fails=block.mark == "run: fails")
 
 
-def _run(command: list[str], directory: Path) -> None:
+def _run(command: list[str], directory: Path, *, fails: bool = False) -> None:
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, **paths, "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
-    assert done.returncode == 0, f"{command[-1]}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    shown = f"{command[-1]}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert (done.returncode != 0) == fails, shown
+    assert not fails or done.stderr.startswith("error: "), shown
