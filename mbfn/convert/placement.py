@@ -51,6 +51,8 @@ def rank_tensors(table: Table, parallel: ParallelConfig, rank: int, impl: Impl) 
 def is_main_replica(tensor: GlobalTensor, parallel: ParallelConfig, rank: int) -> bool:
     """Whether `rank` is the first of the ranks that hold the same box, the one that writes it to a checkpoint."""
     place = coordinates(parallel, rank)
+    if tensor.rule.stage == "first" and place.pp > 0:
+        return False  # the copy that layers for further tokens embed with
     if tensor.rule.is_expert:
         return place.edp == 0 and (place.etp == 0 or tensor.rule.cut is not None)
     return place.dp == 0 and place.cp == 0 and (place.tp == 0 or tensor.rule.cut is not None)
@@ -70,6 +72,8 @@ def _chunk_tensors(
             yield from at.get(("layer", layer, expert), ())
     if last:
         yield from (tensor for tensor in at["last", None, None] if not (tensor.rule.tied and first))
+        if table.model.mtp_num_layers and not first:
+            yield from at["first", None, None]
         for layer in range(table.model.mtp_num_layers):
             for expert in experts:
                 yield from at.get(("mtp", layer, expert), ())

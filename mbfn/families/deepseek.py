@@ -35,6 +35,7 @@ OWN_KEYS = (
     "scoring_func qk_head_dim rope_interleave num_nextn_predict_layers seq_aux"
 ).split()
 INERT = {"attention_bias": False, "mlp_bias": False}
+SIGMOID = {"norm_topk_prob": True}  # weights of the chosen experts add up to the scaling factor
 
 
 def deepseek(model: ModelConfig, form: Form) -> tuple[Rule, ...]:
@@ -49,6 +50,7 @@ def read_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
         "moe.moe_shared_expert_intermediate_size": (hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"],
         "moe.moe_router_num_groups": hf.get("n_group") or 1,
         "moe.moe_router_group_topk": hf.get("topk_group") or 1,
+        "moe.moe_router_load_balancing_type": "seq_aux_loss" if hf.get("seq_aux") else "aux_loss",
     }
 
 
@@ -62,6 +64,7 @@ def write_experts(model: ModelConfig) -> dict[str, Any]:
         "n_group": moe.moe_router_num_groups,
         "topk_group": moe.moe_router_group_topk,
         "norm_topk_prob": not moe.moe_router_pre_softmax,
+        "seq_aux": moe.moe_router_load_balancing_type == "seq_aux_loss",
     }
 
 
@@ -127,7 +130,7 @@ DEEPSEEK_V3 = Family(
         model_type="deepseek_v3",
         fields=(*LATENT, *ROUTED),
         defaults={**DEFAULTS, "routed_scaling_factor": 2.5},
-        fixed=INERT,
+        fixed={**INERT, **SIGMOID, "rope_interleave": True},
         own_keys=tuple(OWN_KEYS),
         read=read3,
         write=write3,

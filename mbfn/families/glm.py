@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mbfn.families.deepseek import DEFAULTS, OWN_KEYS, ROUTED, deepseek, read_experts, write_experts
+from mbfn.families.deepseek import DEFAULTS, OWN_KEYS, ROUTED, SIGMOID, deepseek, read_experts, write_experts
 from mbfn.families.family import Family
 from mbfn.families.hf_config import Dialect
 
@@ -32,6 +32,7 @@ GLM4_MOE = Family(
             "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 0.5,
         },
+        fixed=SIGMOID,
         explicit_head_dim=True,
         own_keys=tuple(OWN_KEYS),
         read=read,
