@@ -18,12 +18,11 @@ ON_CPU = ("launch.device=cpu", "site.cpu_ranks_per_node=2", "launch.poll_s=0.3")
 def start(box: Box, output: Path, *overrides: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
     """Start the client of one run of `output`."""
     fixed = (f"hydra.run.dir={output}", f"data.cache={output.parent / 'cache'}", "launch=slurm")
-    return command(box, "mbfn.train", *SHORT, *SMALL, *ON_CPU, *fixed, *overrides, cwd=cwd, **env)
+    short = [text for text in SHORT if not text.startswith("optim.lr=")]
+    return command(box, "mbfn.train", *short, *SMALL, *ON_CPU, *fixed, *overrides, cwd=cwd, **env)
 
 
-def command(
-    box: Box, module: str, *arguments: str, cwd: Path | None = None, **env: str
-) -> subprocess.Popen[str]:
+def command(box: Box, module: str, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
     """Start any command where Slurm's commands speak to the box."""
     settings = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "COLUMNS": "200"}
     return subprocess.Popen(
