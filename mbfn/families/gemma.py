@@ -90,6 +90,7 @@ GEMMA = Family(
         fields=FIELDS,
         defaults=DEFAULTS,
         fixed={"use_bidirectional_attention": None},
+        activations={"gelu": "geglu"},  # what the released files say and do not mean: transformers reads tanh too
         explicit_head_dim=True,
         own_keys=("hidden_activation",),
         read=read,

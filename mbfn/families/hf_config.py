@@ -59,6 +59,7 @@ class Dialect:
     constants: Mapping[str, Any] = NOTHING  # ModelConfig fields that the architecture settles
     defaults: HfConfig = NOTHING  # of keys that files leave out, as the config class has them
     fixed: HfConfig = NOTHING  # keys that must have this value where they stand
+    activations: Mapping[str, str] = NOTHING  # further names of activations
     explicit_head_dim: bool = False  # head_dim is a field of its own, not hidden_size / heads
     own_keys: tuple[str, ...] = ()  # that `read` reads besides the fields'
     read: Callable[[HfConfig], Mapping[str, Any]] = lambda hf: {}  # further ModelConfig fields
@@ -77,7 +78,7 @@ def read_config(hf: HfConfig, dialect: Dialect) -> ModelConfig:
     values |= {
         "num_query_groups": known.get("num_key_value_heads", values["num_attention_heads"]),
         "kv_channels": known.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
-        "activation": _activation(known),
+        "activation": _activation(known, dialect),
         "params_dtype": DTYPES[str(hf.get("torch_dtype") or hf.get("dtype") or "bfloat16").removeprefix("torch.")],
         "eos_token_id": _as_tuple(known.get("eos_token_id")),
         **read_rope(known),
@@ -139,11 +140,12 @@ def _need(known: HfConfig, key: str) -> Any:
     return known[key]
 
 
-def _activation(known: HfConfig) -> str:
+def _activation(known: HfConfig, dialect: Dialect) -> str:
     name = known.get("hidden_activation") or known.get("hidden_act") or "silu"
-    if name not in ACTIVATIONS:
-        raise ConversionError(f"config.json: hidden_act: expected one of {', '.join(ACTIVATIONS)}, found {name!r}")
-    return ACTIVATIONS[name]
+    names = {**ACTIVATIONS, **dialect.activations}
+    if name not in names:
+        raise ConversionError(f"config.json: hidden_act: expected one of {', '.join(names)}, found {name!r}")
+    return names[name]
 
 
 def _as_tuple(value: int | list[int] | None) -> tuple[int, ...]:

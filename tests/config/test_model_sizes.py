@@ -15,7 +15,7 @@ from mbfn.config.groups import conf_dir
 from mbfn.families import model_from_hf
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures/hf_configs").glob("*.json"))
-TINY = ("llama_tiny", "mistral_tiny", "qwen2_tiny", "qwen3_tiny")
+TINY = ("gemma2_tiny", "gemma3_tiny", "gpt_oss_tiny", "llama_tiny", "mistral_tiny", "qwen2_tiny", "qwen3_tiny")
 
 PUBLISHED = {  # tied embeddings counted once
     "llama2_7b": 6_738_415_616,
@@ -42,6 +42,14 @@ PUBLISHED = {  # tied embeddings counted once
     "qwen3_8b": 8_190_735_360,
     "qwen3_14b": 14_768_307_200,
     "qwen3_32b": 32_762_123_264,
+    "gemma_2b": 2_506_172_416,
+    "gemma_7b": 8_537_680_896,
+    "gemma2_2b": 2_614_341_888,
+    "gemma2_9b": 9_241_705_984,
+    "gemma2_27b": 27_227_128_320,
+    "gemma3_1b": 999_885_952,
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
 }
 
 
