@@ -36,7 +36,15 @@ def start_slurm(job: Job, stop: Callable[[], int]) -> int:
 
 
 def frozen_job(job: Job) -> Job:
-    """The job as the cluster gets it: paths absolute, and nothing of how its client behaves."""
+    """The job as the cluster gets it: paths absolute, and nothing of how its client behaves.
+
+    Raises: LaunchError where a second start of the job could not go on.
+    """
+    if job.run.launch.max_requeues and job.run.checkpoint.resume == "never":
+        raise LaunchError(
+            f"checkpoint.resume: never, but launch.max_requeues={job.run.launch.max_requeues} starts the job again "
+            "from its checkpoint; set checkpoint.resume=auto or launch.max_requeues=0"
+        )
     launch = replace(job.run.launch, kind="slurm", dry_run=False, detach=False)
     command = tuple(part for part in job.command if not re.match(r"\+*launch\.(dry_run|detach)=", part))
     return Job(run=replace(job.run, launch=launch), output_dir=job.output_dir.absolute(), command=command)

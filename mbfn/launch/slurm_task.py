@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from mbfn.errors import LaunchError
-from mbfn.launch.detect import Rank, detect
-from mbfn.launch.failures import Failure, write_failure
-from mbfn.launch.slurm_files import read_job
-from mbfn.launch.slurm_queue import say
-from mbfn.launch.slurm_script import SAVED
-from mbfn.launch.start import start
-from mbfn.launch.worker import redirect
 from mbfn.train.stop import REQUEUE, listen
+
+if TYPE_CHECKING:
+    from mbfn.launch.detect import Rank
 
 
 def main(job: Path, attempt: Path) -> NoReturn:
     """Run this rank and end with its exit code; a saved stop is 0, because srun ends the others at anything else."""
-    stop = listen()
+    stop = listen()  # before everything else: a signal that nobody has asked for ends the process
+    from mbfn.errors import LaunchError
+    from mbfn.launch.detect import detect
+    from mbfn.launch.slurm_files import read_job
+    from mbfn.launch.slurm_script import SAVED
+    from mbfn.launch.start import start
+    from mbfn.launch.worker import redirect
+
     rank = detect(os.environ)
     if rank is None:
         raise LaunchError("mbfn.launch.slurm_task: no rank of srun; the batch script of launch=slurm starts it")
@@ -41,8 +43,11 @@ def main(job: Path, attempt: Path) -> NoReturn:
 
 def _note(attempt: Path, rank: Rank, error: BaseException) -> int:
     """Tell the client what ended this rank: by a file, or through Slurm itself where no file can be written."""
+    from mbfn.launch.failures import write_failure
+    from mbfn.launch.slurm_queue import say
+
     try:
-        failure: Failure = write_failure(attempt, rank.rank, error)
+        failure = write_failure(attempt, rank.rank, error)
     except OSError as unwritable:
         say(f"rank {rank.rank}: {error or type(error).__name__}; {attempt}: {unwritable.strerror}")
         sys.stderr.write(f"error: rank {rank.rank}: {error}\n")
