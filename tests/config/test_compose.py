@@ -16,7 +16,11 @@ from mbfn.config.compose import compose, compose_as
 from mbfn.config.groups import conf_dir, experiments_dir, header
 from mbfn.errors import ConfigError
 
-OPTIONS = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().glob("*/*.yaml"))
+OPTIONS = sorted(
+    path.relative_to(conf_dir()).with_suffix("")
+    for path in conf_dir().glob("*/*.yaml")
+    if path.parent.name != "recipe"  # what recipes include; no group of a command
+)
 EXPERIMENTS = sorted(path.relative_to(experiments_dir()).with_suffix("") for path in experiments_dir().rglob("*.yaml"))
 
 
