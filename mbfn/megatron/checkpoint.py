@@ -67,7 +67,8 @@ def load(directory: str | Path, run: RunConfig, world: World, models: Models) ->
     state["optimizer"] = _optimizer_state(world, models, state, is_loading=True)
     found = _read(Path(directory), state)
     _set_weights(models.chunks, found)
-    load_optimizer(models.optimizer, found["optimizer"])
+    with _clear_faults(Path(directory), "not of this optimizer"):
+        load_optimizer(models.optimizer, found["optimizer"])
     return found[_COMMON]
 
 

@@ -34,10 +34,12 @@ def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for part in _parts(optimizer):
             if isinstance(part, DistributedOptimizer):
-                changed = {
+                changed: dict[str, Any] = {
                     "_get_main_param_and_optimizer_states": _getter(part),
                     "_set_main_param_and_optimizer_states": _setter(part),
                 }
+                if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state:
+                    changed["state_dict"] = _empty_state(part, _step(optimizer))
                 stack.enter_context(attributes(part, changed))
         yield
 
@@ -45,7 +47,7 @@ def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
 def load_optimizer(optimizer: MegatronOptimizer, state: Any) -> None:
     """Set an optimizer from what `dist_checkpointing.load` returned for it, so that the next step is the one it had."""
     with exact_states(optimizer):
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_as_many(state, len(_parts(optimizer))))
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             _own_steps(part.optimizer)
@@ -67,6 +69,41 @@ def master_remainder(master: Tensor) -> Tensor:
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _as_many(state: dict, parts: int) -> dict:
+    """A checkpoint's state for as many optimizers as there are.
+
+    Experts have an optimizer of their own where they are spread over ranks, and a run's layout decides that. Tensors
+    come by the name of their weight; what is left is the settings of parameter groups, alike for both.
+    """
+    if parts == 1 and "optimizer" not in state and 0 in state:
+        own = {key: value for key, value in state.items() if key not in (0, 1)}
+        return own | {key: value for key, value in state[0].items() if key not in own}
+    if parts == 2 and "optimizer" in state:
+        common = {key: value for key, value in state.items() if key not in (0, 1)}
+        groups = [group | {"is_expert_parallel": True} for group in common["optimizer"]["param_groups"]]
+        experts = common | {"optimizer": common["optimizer"] | {"param_groups": groups}}
+        return {0: common | state.get(0, {}), 1: experts | state.get(1, {})}
+    return state
+
+
+def _empty_state(part: DistributedOptimizer, step: float) -> Callable[[], dict[str, Any]]:
+    """The state of an optimizer without parameters: a pipeline stage without experts has one for experts."""
+
+    def state() -> dict[str, Any]:
+        groups = part.optimizer.state_dict()["param_groups"]
+        kept = [{key: value for key, value in group.items() if key != "params"} | {"step": step} for group in groups]
+        scaler = {"grad_scaler": part.grad_scaler.state_dict()} if part.grad_scaler else {}
+        return {"optimizer": {"param_groups": kept}, **scaler}
+
+    return state
+
+
+def _step(optimizer: MegatronOptimizer) -> float:
+    """Updates made so far: the same in every part that has parameters."""
+    states = (state for part in _parts(optimizer) for state in part.optimizer.state.values())
+    return next((float(state["step"]) for state in states), 0.0)
 
 
 def _getter(part: DistributedOptimizer) -> Callable[[torch.nn.Parameter], dict[str, Tensor]]:

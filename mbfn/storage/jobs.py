@@ -68,7 +68,7 @@ def hf_to_checkpoint(
         write_torch_dist(
             out,
             chunks,
-            objects=extra_states(model.num_layers),
+            objects=extra_states(table),
             common={"checkpoint_version": 3.0},
             content_metadata={"singleton_local_shards": False},
             model=model,

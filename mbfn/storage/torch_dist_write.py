@@ -18,21 +18,14 @@ from torch import Tensor
 
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.convert.plans import checkpoint_place
+from mbfn.convert.table import Table
 from mbfn.storage.atomic import atomic_directory
 from mbfn.storage.dist_metadata import BACKEND, COMMON, Placed, by_key, check_cover, metadata_bytes
 from mbfn.storage.streams import Read, run_all, write_exactly, write_tensor
 from mbfn.storage.zips import TensorArchive, tensor_archive
 
 HF_FOLDER = "hf"
-EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,18 +87,23 @@ def write_torch_dist(
         (draft / "metadata.json").write_text(text, encoding="utf-8")
 
 
-def extra_states(num_layers: int, modules: Sequence[str] = EXTRA_STATES) -> dict[str, None]:
+def extra_states(table: Table) -> dict[str, None]:
     """The `_extra_state` objects that a GPTModel asks for, whether of local or Transformer Engine modules.
 
     They hold FP8 scales and are empty otherwise. Loading fails where one is missing and passes over those that the
     model does not have (at megatron-core's default strictness).
     """
-    layers = {
-        f"decoder.layers.{module}._extra_state/shard_{i}_{num_layers}": None
-        for i in range(num_layers)
-        for module in modules
-    }
-    return {**layers, "decoder.final_layernorm._extra_state/shard_0_1": None}
+    found: dict[str, None] = {}
+    for tensor in table.tensors.values():
+        key, shape, at = checkpoint_place(tensor, table)
+        stacked = len(at) - len(tensor.shape)
+        shard = f"{'.'.join(map(str, at[:stacked])) or 0}_{'.'.join(map(str, shape[:stacked])) or 1}"
+        module = key.rpartition(".")[0]
+        modules = [module] if module.rpartition(".")[2].endswith(("norm", "proj", "qkv", "fc1", "fc2")) else []
+        if module.endswith("self_attention.linear_proj"):
+            modules.append(module.replace("linear_proj", "core_attention"))
+        found |= {f"{name}._extra_state/shard_{shard}": None for name in modules}
+    return found
 
 
 def _check(chunks: Sequence[Chunk], path: Path) -> None:

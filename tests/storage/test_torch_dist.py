@@ -89,7 +89,7 @@ def write(path: Path, model: ModelConfig, parallel: ParallelConfig, hf: Mapping[
                 rank=rank,
             )
         )
-    objects = extra_states(model.num_layers)
+    objects = extra_states(table_of(model, parallel))
     write_torch_dist(
         path, chunks, objects=objects, common={"step": 7}, content_metadata=CONTENT, model=model, parallel=parallel
     )
