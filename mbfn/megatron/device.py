@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import megatron.core.tensor_parallel.random as core_random
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
 
 from mbfn.errors import LaunchError
@@ -49,6 +50,13 @@ def cpu_runtime() -> Iterator[None]:
 
     Torch function modes are thread-local: a thread that calls Megatron enters this itself.
     """
+    with without_cuda(), _CudaToCpu():
+        yield
+
+
+@contextlib.contextmanager
+def without_cuda() -> Iterator[None]:
+    """Let megatron-core build modules with no GPU: what it asks of torch.cuda is answered for the CPU."""
     stream = _Synchronous()
     cuda: dict[str, Callable] = {
         "current_device": lambda: CPU,
@@ -66,7 +74,12 @@ def cpu_runtime() -> Iterator[None]:
         "_get_cuda_rng_state": lambda *_, **__: torch.get_rng_state(),
         "_set_cuda_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     }
-    with attributes(torch.cuda, cuda), attributes(core_random, rng), _CudaToCpu():
+    dispatcher = {"cuda_dtoh_stream": stream}  # of the class: made once, and no stream for a GPU later
+    with (
+        attributes(torch.cuda, cuda),
+        attributes(core_random, rng),
+        attributes(MoEAlltoAllTokenDispatcher, dispatcher),
+    ):
         yield
 
 

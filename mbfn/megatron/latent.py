@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import YarnRotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -18,6 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from mbfn.config.model import ModelConfig, RopeScaling
+from mbfn.megatron.device import attributes
 from mbfn.megatron.modules import RMSNorm
 
 # Checkpoint keys of the local modules: Transformer Engine keeps these norms in the linear that follows.
@@ -74,7 +77,8 @@ class LatentAttention(MLASelfAttention):
     linear_kv_down_proj: torch.nn.Module
 
     def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        with attributes(multi_latent_attention, {"YarnRotaryEmbedding": Yarn}):
+            super().__init__(config, *args, **kwargs)
         if isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
             # The constructor takes no class but those it knows; cut over ranks the projection would not fit its rule.
             tp = self.pg_collection.tp
@@ -100,6 +104,13 @@ class LatentAttention(MLASelfAttention):
         latent, key = combined.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
         key = copy_to_tensor_model_parallel_region(key, group=self.pg_collection.tp)
         return queries, torch.cat([latent, key], dim=-1)
+
+
+class Yarn(YarnRotaryEmbedding):
+    """Megatron's, without the table of cosines and sines that each layer would keep for a fused kernel."""
+
+    def _set_cos_sin_cache(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 class WholeLinear(torch.nn.Module):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
+from mbfn.megatron.device import without_cuda
 from mbfn.megatron.groups import Ranks, group_ranks, open_groups
 from mbfn.megatron.model import LanguageModel, build_chunks
 from mbfn.megatron.settings import core_config
@@ -30,8 +31,13 @@ def meta_states(
     enumerations = group_ranks(parallel)
     for rank in range(parallel.world_size) if ranks is None else ranks:
         with _fake_world(rank, parallel.world_size):
-            chunks = _build(model, parallel, enumerations)
+            chunks = _build(model, parallel, _own(enumerations, rank))
         yield rank, {name: (tuple(t.shape), t.dtype) for name, t in chunk_tensors(chunks).items()}
+
+
+def _own(enumerations: dict[str, Ranks], rank: int) -> dict[str, Ranks]:
+    """The groups that `rank` is in: under a fake process group it need not open those of others."""
+    return {name: tuple(group for group in ranks if rank in group) for name, ranks in enumerations.items()}
 
 
 def _build(model: ModelConfig, parallel: ParallelConfig, enumerations: dict[str, Ranks]) -> tuple[LanguageModel, ...]:
@@ -39,7 +45,7 @@ def _build(model: ModelConfig, parallel: ParallelConfig, enumerations: dict[str,
     config = core_config(model, parallel, precision, impl="local", cpu=True)
     config.init_model_with_meta_device = True
     groups = open_groups(enumerations, timedelta(seconds=60))
-    with torch.device("meta"):
+    with without_cuda(), torch.device("meta"):
         return build_chunks(model, parallel, config, groups, impl="local")
 
 
