@@ -22,6 +22,7 @@ from torch import Tensor
 from mbfn.config.model import ModelConfig, MoEConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.table import Impl
+from mbfn.megatron.experts import biased_experts
 
 
 def moe_settings(model: ModelConfig, parallel: ParallelConfig, *, impl: Impl, cpu: bool) -> dict[str, Any]:
@@ -57,8 +58,11 @@ def moe_settings(model: ModelConfig, parallel: ParallelConfig, *, impl: Impl, cp
 def moe_builder(builder: functools.partial, moe: MoEConfig) -> functools.partial:
     """Megatron's builder of the experts, with the layer and router of this module."""
     submodules: MoESubmodules = builder.keywords["submodules"]
-    router = functools.partial(Router, groups=moe.moe_router_num_groups, group_topk=moe.moe_router_group_topk)
-    return functools.partial(Experts, submodules=replace(submodules, router=router))
+    router = functools.partial(
+        Router, groups=moe.moe_router_num_groups, group_topk=moe.moe_router_group_topk, biased=moe.add_router_bias
+    )
+    experts = biased_experts(submodules.experts) if moe.add_expert_bias else submodules.experts
+    return functools.partial(Experts, submodules=replace(submodules, router=router, experts=experts))
 
 
 class Experts(MoELayer):
@@ -98,9 +102,12 @@ class Router(TopKRouter):
 
     expert_bias: Tensor | None
 
-    def __init__(self, *args: Any, groups: int, group_topk: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, groups: int, group_topk: int, biased: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.groups, self.group_topk = groups, group_topk
+        if biased:
+            self.bias = torch.nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+            self.bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and map of the chosen experts. Shapes: logits (S, B, E) -> twice (S * B, E)."""

@@ -15,6 +15,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -95,6 +97,14 @@ VARIANTS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "rope_yarn_mscale": lambda: _llama(
         rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": True}
     ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **{**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0},
+            sliding_window=7,
+            swiglu_limit=7.0,
+            rope_parameters=_YARN,
+        )
+    ),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_GEMMA)),
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(
@@ -118,8 +128,9 @@ def hf_model(variant: str) -> PreTrainedModel:
     model = VARIANTS[variant]().float().eval()
     noise = torch.Generator().manual_seed(8)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=noise) * 0.05)
+        for name, weight in model.named_parameters():
+            scale = 5.0 if name.endswith("gate_up_proj_bias") else 0.05  # GPT-OSS clamps gates at 7
+            weight.add_(torch.randn(weight.shape, generator=noise) * scale)
     return model
 
 
@@ -200,8 +211,9 @@ def plain_loop(variant: str, *, steps: int) -> list[tuple[float, float]]:
     """The losses and gradient norms of transformers with torch's AdamW on the same batches."""
     model, mask = hf_model(variant), loss_mask()
     optim = run_config(config_of(model), ParallelConfig()).optim
-    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
-    rest = [weight for weight in model.parameters() if weight.dim() == 1]
+    named = dict(model.named_parameters())
+    decayed = [weight for name, weight in named.items() if weight.dim() > 1 and not name.endswith("bias")]
+    rest = [weight for name, weight in named.items() if weight.dim() == 1 or name.endswith("bias")]
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     betas = (optim.beta1, optim.beta2)
     adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)

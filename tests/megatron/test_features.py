@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 on Megatron: every feature counts, training is transformers', checkpoints go both ways."""
+"""What only Gemma and GPT-OSS have: every feature counts, training is transformers', checkpoints go both ways."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ from tests.megatron.tiny import config_of, hf_model, plain_loop, run_config, tra
 from tests.ranks import run_ranks
 
 STEPS = 20
-FAMILIES = ("gemma2", "gemma3")
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
-LAYOUTS = {"tp2": ParallelConfig(tp=2), "tp2pp2sp": TP2PP2, "cp2": ParallelConfig(cp=2)}
+TP2 = ParallelConfig(tp=2, sequence_parallel=True)
+DENSE, SPARSE = ("gemma2", "gemma2_biased", "gemma3"), ("gpt_oss",)
+CUTS = [
+    pytest.param(DENSE, ParallelConfig(tp=2), id="tp2"),
+    pytest.param((*DENSE, *SPARSE), TP2PP2, id="tp2pp2sp"),
+    pytest.param((*DENSE, *SPARSE), ParallelConfig(cp=2), id="cp2"),
+    pytest.param(SPARSE, ParallelConfig(ep=2), id="ep2"),
+    pytest.param(SPARSE, replace(TP2, ep=2), id="tp2sp_ep2"),
+    pytest.param(SPARSE, replace(TP2, etp=2), id="tp2sp_etp2"),
+    pytest.param(SPARSE, replace(TP2, ep=2, etp=2), id="tp2sp_ep2etp2"),
+]
 TOKENS = torch.randint(0, 100, (2, 29), generator=torch.Generator().manual_seed(1))
 NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "gemma": [{"embedding_multiplier": 1.0}, {"activation": "swiglu"}, {"zero_centered_gamma": False}],
@@ -40,6 +49,11 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
         {"rope_scaling": RopeScaling()},
         {"window_layers": (0, 1)},
         {"rotary_base": 50.0},
+    ],
+    "gpt_oss": [
+        {"activation": "swiglu"},
+        {"window_size": None, "window_layers": ()},
+        {"rope_scaling": RopeScaling()},
     ],
     "rope_yarn": [
         {"rope_scaling": RopeScaling()},
@@ -85,33 +99,47 @@ def _embeddings(model: ModelConfig, weights: Mapping[str, Tensor]) -> Tensor:
         return chunk.embedding(TOKENS, torch.arange(TOKENS.size(1))).detach()
 
 
-def test_gemma2_trains_as_transformers_does() -> None:
-    hf = hf_model("gemma2")
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [("gpt_oss", ("sinks", "gate_up_proj_bias", "down_proj_bias", "router.bias")), ("gemma3", ("norm.weight",))],
+)
+def test_every_weight_counts(variant: str, names: tuple[str, ...]) -> None:
+    weights, model = weights_of(hf_model(variant)), config_of(hf_model(variant))
+    (expected,) = run_ranks(1, _logits, [model], weights)[0]
+    for name in names:
+        without = {key: 0 * value if key.endswith(name) else value for key, value in weights.items()}
+        (other,) = run_ranks(1, _logits, [model], without)[0]
+        assert (other - expected).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "gpt_oss"])
+def test_it_trains_as_transformers_does(variant: str) -> None:
+    hf = hf_model(variant)
     run = run_config(config_of(hf), ParallelConfig())
     ((results, _),) = run_ranks(1, train, run, weights_of(hf), steps=range(STEPS))
-    expected = plain_loop("gemma2", steps=STEPS)
+    expected = plain_loop(variant, steps=STEPS)
     assert max(abs(a.loss - loss) for a, (loss, _) in zip(results, expected, strict=True)) < 1e-3
     assert max(abs(a.grad_norm / norm - 1) for a, (_, norm) in zip(results, expected, strict=True)) < 1e-3
     assert results[-1].loss < results[0].loss - 0.2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_cut_trains_as_one_process(layout: str) -> None:
-    for variant in ("gemma2_biased", "gemma2", "gemma3"):
+@pytest.mark.parametrize(("variants", "parallel"), CUTS)
+def test_every_cut_trains_as_one_process(variants: tuple[str, ...], parallel: ParallelConfig) -> None:
+    for variant in variants:
         model, weights = config_of(hf_model(variant)), weights_of(hf_model(variant))
         ((single, _),) = run_ranks(1, train, run_config(model, ParallelConfig()), weights, steps=range(4))
-        run = run_config(model, LAYOUTS[layout])
-        for results, _ in run_ranks(run.parallel.world_size, train, run, weights, steps=range(4)):
-            assert [r.loss for r in results] == pytest.approx([r.loss for r in single], abs=2e-6)
-            assert [r.grad_norm for r in results] == pytest.approx([r.grad_norm for r in single], rel=2e-5)
+        for results, _ in run_ranks(parallel.world_size, train, run_config(model, parallel), weights, steps=range(4)):
+            assert [r.loss for r in results] == pytest.approx([r.loss for r in single], abs=2e-6), variant
+            assert [r.grad_norm for r in results] == pytest.approx([r.grad_norm for r in single], rel=2e-5), variant
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3", "gpt_oss"])
 def test_a_saved_run_is_a_model_that_transformers_loads(variant: str, tmp_path: Path) -> None:
     model = config_of(hf_model(variant))
-    run = run_config(model, TP2PP2)
-    ranks = run_ranks(4, train, run, weights_of(hf_model(variant)), steps=range(1), save_to=str(tmp_path / "saved"))
-    checkpoint_to_hf(tmp_path / "saved", tmp_path / "hf", model=model)
+    ranks = run_ranks(
+        4, train, run_config(model, TP2PP2), weights_of(hf_model(variant)), steps=range(1), save_to=str(tmp_path / "it")
+    )
+    checkpoint_to_hf(tmp_path / "it", tmp_path / "hf", model=model)
     trained = dict(to_hf({rank: state for rank, (_, state) in enumerate(ranks)}, model, parallel=TP2PP2))
     ((expected,),) = run_ranks(1, _logits, [model], trained)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -120,7 +148,7 @@ def test_a_saved_run_is_a_model_that_transformers_loads(variant: str, tmp_path: 
         assert (hf_model(variant)(TOKENS).logits - expected).abs().max() > 1e-3  # a step was made
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3", "gpt_oss"])
 def test_a_converted_checkpoint_loads_at_another_layout(variant: str, tmp_path: Path) -> None:
     hf = hf_model(variant)
     hf.save_pretrained(tmp_path / "hf")

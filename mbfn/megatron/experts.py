@@ -1,0 +1,55 @@
+"""Experts whose linears have biases."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+
+def biased_experts(builder: functools.partial) -> functools.partial:
+    """Megatron's builder of all experts of a rank, with biases in both linears of each."""
+    parts = builder.keywords["submodules"]
+    linears = {
+        "linear_fc1": functools.partial(_biased, parts.linear_fc1),
+        "linear_fc2": functools.partial(_biased, shared_bias(parts.linear_fc2)),
+    }
+    return functools.partial(builder.func, **{**builder.keywords, "submodules": replace(parts, **linears)})
+
+
+@functools.cache
+def shared_bias(linear: type) -> type:
+    """`linear`, an expert's second one, with a bias that its expert-tensor-parallel ranks add once between them.
+
+    Megatron sums those ranks' outputs after the bias, and under sequence parallelism would sum the gradients of
+    replicated biases over tensor-parallel ranks, which may hold other experts.
+    """
+
+    class SharedBias(linear):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            # Else Megatron passes the output through a reduction, of one rank, whose result it may not add to in place.
+            self.explicit_expert_comm = True
+            for name, weight in self.named_parameters():
+                if name.startswith("bias"):
+                    weight.sequence_parallel = False
+
+        def forward(self, *args: Any) -> tuple[Tensor, Any]:
+            out, bias = super().forward(*args)
+            return out, _share(bias, self.tp_group.size()) if isinstance(bias, Tensor) else bias
+
+    return SharedBias
+
+
+def _share(bias: Tensor, ranks: int) -> Tensor:
+    """One of `ranks` equal parts of the bias, whose gradient is that of the whole."""
+    if ranks == 1:
+        return bias
+    return bias / ranks + (bias - bias.detach()) * (1 - 1 / ranks)
+
+
+def _biased(linear: Callable, *args: Any, **settings: Any) -> Any:
+    return linear(*args, **{**settings, "bias": True})
