@@ -61,7 +61,7 @@ def attention_saved(run: RunConfig) -> Saved:
     if run.precision.fp8 == "delayed":  # the projection keeps its own FP8 copy; other recipes keep the original
         output += local * queries
     statistics = local * model.num_attention_heads * 4
-    kept = _norm(run) + rotated + before_norms + output + statistics + _scores(run)
+    kept = _norm(run) + _norm_after(run) + rotated + before_norms + output + statistics + _scores(run)
     return Saved(kept=kept, transient=2 * rotated)
 
 
@@ -72,7 +72,7 @@ def mlp_saved(run: RunConfig, kernels: Kernels) -> Saved:
     halves = 2 * width * element
     unfused = 0.0 if kernels.fused_swiglu else 2 * width * element
     product = width * gemm_input_bytes(run.precision)
-    return Saved(kept=_norm(run) + halves + unfused + product, transient=halves + width * element)
+    return Saved(kept=_norm(run) + _norm_after(run) + halves + unfused + product, transient=halves + width * element)
 
 
 def latent_attention_saved(run: RunConfig) -> Saved:
@@ -143,7 +143,13 @@ def _norm(run: RunConfig) -> float:
 
 
 def _scores(run: RunConfig) -> float:
-    """Fp32 has no fused attention: the matrix of probabilities is kept."""
-    if run.precision.params != "fp32":
-        return 0.0
-    return tokens(run) * run.train.seq_length * run.model.num_attention_heads / run.parallel.tp * 4
+    """Attention that is not fused keeps matrices of scores: fp32 has no fused one, soft caps are written out."""
+    matrix = tokens(run) * run.train.seq_length * run.model.num_attention_heads / run.parallel.tp
+    if run.model.attn_logit_softcapping:
+        return matrix * (3 * 4 + BYTES[run.precision.params])  # scores before and after the cap, weights in two formats
+    return matrix * 4 if run.precision.params == "fp32" else 0.0
+
+
+def _norm_after(run: RunConfig) -> float:
+    """A norm between a part of a layer and the residual stream keeps its input."""
+    return sequence_tokens(run) * run.model.hidden_size * BYTES[run.precision.params] * run.model.sandwich_norms

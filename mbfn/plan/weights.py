@@ -92,10 +92,14 @@ def _stage(model: ModelConfig, parallel: ParallelConfig, place: int, chunks: tup
 
 
 def _outer(model: ModelConfig, parallel: ParallelConfig, place: int) -> Weights:
-    """What a stage holds besides its layers; a tied output layer is a copy only on a stage of its own."""
+    """What a stage holds besides its layers.
+
+    A tied output layer is a copy only on a stage of its own; layers that predict further tokens need the embedding.
+    """
     first, last = place == 0, place == parallel.pp - 1
     counts = _counts(model, parallel.tp, parallel.ep, parallel.etp)
-    here = [rule for rule in counts if rule[0].stage == "first" and first]
+    embeds = first or (last and model.mtp_num_layers > 0)
+    here = [rule for rule in counts if rule[0].stage == "first" and embeds]
     here += [rule for rule in counts if rule[0].stage == "last" and last and not (rule[0].tied and first)]
     outer = Weights(parameters=sum(count for _, count in here))
     return outer + mtp_weights(model, parallel) if last else outer

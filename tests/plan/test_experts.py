@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from transformers import DeepseekV3Config, Qwen3MoeConfig
 
+from mbfn.config.compose import compose
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig, coordinates
 from mbfn.config.precision import PrecisionConfig
@@ -15,6 +17,7 @@ from mbfn.config.train import TrainConfig
 from mbfn.convert.placement import rank_tensors
 from mbfn.convert.table import table_of
 from mbfn.families import model_from_hf
+from mbfn.megatron import meta_states
 from mbfn.plan.comm import traffic
 from mbfn.plan.devices import DEVICES
 from mbfn.plan.flops import token_flops
@@ -22,6 +25,8 @@ from mbfn.plan.memory import stage_memory
 from mbfn.plan.search import search
 from mbfn.plan.speed import estimate
 from mbfn.plan.weights import stage_weights
+
+UNEVEN = {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2}  # 61 layers on 16 stages
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,23 @@ def test_stages_hold_what_the_conversion_places(qwen: ModelConfig, parallel: Par
         assert stage.held.parameters == placed
 
 
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("qwen", ParallelConfig(tp=2, pp=4, ep=8, sequence_parallel=True)),
+        ("deepseek", ParallelConfig(tp=2, pp=16, ep=64, dp=32, sequence_parallel=True, **UNEVEN)),
+    ],
+    ids=["qwen", "deepseek"],
+)
+def test_stages_hold_what_megatron_builds(name: str, parallel: ParallelConfig, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    stages = stage_weights(model, parallel)
+    firsts = [place * parallel.world_size // parallel.pp for place in (0, 1, parallel.pp - 1)]
+    for rank, state in meta_states(model, parallel, firsts):
+        held = sum(math.prod(shape) for shape, _ in state.values())
+        assert held == stages[coordinates(parallel, rank).pp].held.parameters
+
+
 def test_deepseek_has_the_published_parameters(deepseek: ModelConfig) -> None:
     (stage,) = stage_weights(deepseek, ParallelConfig())
     main = stage.held.parameters - _mtp(deepseek)
@@ -81,15 +103,24 @@ def test_latent_attention_counts_query_and_value_dims(deepseek: ModelConfig) -> 
 
 
 def test_experts_are_cut_over_their_own_ranks(deepseek: ModelConfig) -> None:
-    run = _run(deepseek, ParallelConfig(pp=16, ep=64, dp=64, **_uneven()))
+    run = _run(deepseek, ParallelConfig(pp=16, ep=64, dp=64, **UNEVEN))
     held = stage_memory(run)[7].parameters
-    more = stage_memory(_run(deepseek, ParallelConfig(pp=16, ep=32, dp=64, **_uneven())))[7].parameters
+    more = stage_memory(_run(deepseek, ParallelConfig(pp=16, ep=32, dp=64, **UNEVEN)))[7].parameters
     expert = 3 * 7168 * 2048
     assert more - held == 4 * 4 * expert  # four layers a stage, four experts more
     groups = {item.group: item for item in traffic(run)}
     assert groups["ep"].size == 64
     assert "edp" not in groups  # each expert once
     assert estimate(run, DEVICES["h100"]).stages[7].expert_parallel > 0
+
+
+def test_a_plan_of_one_dense_model_grows_with_what_its_layers_keep() -> None:
+    gemma = compose("model=gemma2_2b").model
+    plain = replace(gemma, sandwich_norms=False, attn_logit_softcapping=0.0)
+    held = [stage_memory(_run(model, ParallelConfig()))[0].activations for model in (gemma, plain)]
+    norms = 2 * 4096 * gemma.hidden_size * 2
+    scores = 4096 * 4096 * gemma.num_attention_heads * (3 * 4 + 2)
+    assert held[0] - held[1] == gemma.num_layers * (norms + scores)
 
 
 def test_search_cuts_experts(qwen: ModelConfig) -> None:
@@ -101,10 +132,6 @@ def test_search_cuts_experts(qwen: ModelConfig) -> None:
 def _run(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
     train = TrainConfig(seq_length=4096, micro_batch_size=1, global_batch_size=1024)
     return RunConfig(model=model, parallel=parallel, precision=PrecisionConfig(params="bf16"), train=train)
-
-
-def _uneven() -> dict[str, int]:
-    return {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2}
 
 
 def _mtp(model: ModelConfig) -> int:
