@@ -77,6 +77,12 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[
         f"ffn_hidden_size={model.ffn_hidden_size} does not divide by tp={tp}: {_fits(model.ffn_hidden_size)}",
         problems,
     )
+    require(
+        groups % tp == 0 or not model.qk_layernorm_full,
+        "parallel.tp",
+        f"num_query_groups={groups} does not divide by tp={tp}, and keys are normed over all heads: {_fits(groups)}",
+        problems,
+    )
     problems += _expert_problems(model, parallel)
     try:
         pipeline_layers(model.num_layers, parallel)
@@ -106,6 +112,12 @@ def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple
 def _batch_problems(run: RunConfig) -> list[tuple[str, str]]:
     problems: list[tuple[str, str]] = []
     train, parallel = run.train, run.parallel
+    require(
+        run.model.moe is None or parallel.tp == 1 or parallel.sequence_parallel,
+        "parallel.sequence_parallel",
+        f"experts train with tp={parallel.tp} only where the sequence is cut too; set it to true",
+        problems,
+    )
     per_pass = train.micro_batch_size * parallel.data_parallel_size
     require(
         train.global_batch_size % per_pass == 0,
