@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ import transformers
 from torch import Tensor
 
 import mbfn.megatron as megatron
+from mbfn.config.compose import compose
 from mbfn.config.model import ModelConfig, RopeScaling
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_hf, to_megatron
+from mbfn.convert.plans import Layout, rank_plans
+from mbfn.convert.table import table_of
 from mbfn.storage.jobs import checkpoint_to_hf, hf_to_checkpoint
 from tests.megatron.tiny import config_of, hf_model, plain_loop, run_config, train, weights_of
 from tests.ranks import run_ranks
@@ -32,7 +36,7 @@ CUTS = [
     pytest.param((*DENSE, *SPARSE), ParallelConfig(cp=2), id="cp2"),
     pytest.param(SPARSE, ParallelConfig(ep=2), id="ep2"),
     pytest.param(SPARSE, replace(TP2, ep=2), id="tp2sp_ep2"),
-    pytest.param(SPARSE, replace(TP2, etp=2), id="tp2sp_etp2"),
+    pytest.param(SPARSE, replace(TP2, etp=2), id="tp2sp_etp2", marks=pytest.mark.slow),
     pytest.param(SPARSE, replace(TP2, ep=2, etp=2), id="tp2sp_ep2etp2"),
 ]
 TOKENS = torch.randint(0, 100, (2, 29), generator=torch.Generator().manual_seed(1))
@@ -67,7 +71,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
 def test_every_feature_counts(variant: str) -> None:
     hf = hf_model(variant)
     models = [config_of(hf), *(replace(config_of(hf), **neutral) for neutral in NEUTRAL[variant])]
-    ((same, *others),) = run_ranks(1, _logits, models, weights_of(hf))
+    ((same, *others),) = run_ranks(1, _logits, models, [weights_of(hf)] * len(models))
     with torch.no_grad():
         expected = hf(TOKENS).logits
     assert (same - expected).abs().max() < 1e-5
@@ -75,13 +79,14 @@ def test_every_feature_counts(variant: str) -> None:
     assert min(apart) > 1e-3, list(zip(NEUTRAL[variant], apart, strict=True))
 
 
-def _logits(models: list[ModelConfig], weights: Mapping[str, Tensor]) -> list[Tensor]:
-    with megatron.open_world(ParallelConfig(), device="cpu") as world:
-        return [
-            megatron.logits(world, megatron.build_model(run_config(model, ParallelConfig()), world, own), TOKENS)
-            for model in models
-            for own in [to_megatron(weights, models[0], parallel=ParallelConfig())]
-        ]
+def _logits(models: list[ModelConfig], weights: list[Mapping[str, Tensor]]) -> list[Tensor]:
+    one = ParallelConfig()
+    with megatron.open_world(one, device="cpu") as world:
+        found = []
+        for model, given in zip(models, weights, strict=True):
+            own = to_megatron(given, models[0], parallel=one)
+            found.append(megatron.logits(world, megatron.build_model(run_config(model, one), world, own), TOKENS))
+        return found
 
 
 def test_embeddings_are_scaled_in_the_models_dtype() -> None:
@@ -100,15 +105,41 @@ def _embeddings(model: ModelConfig, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
+    ("size", "larger", "parallel"),
+    [
+        ("gemma2_27b", {}, ParallelConfig(tp=8, pp=2)),
+        # the text model of Gemma 3 27B
+        (
+            "gemma3_1b",
+            {"num_layers": 62, "hidden_size": 5376, "ffn_hidden_size": 21504, "num_attention_heads": 32}
+            | {"num_query_groups": 16, "kv_channels": 128, "window_layers": tuple(i for i in range(62) if i % 6 != 5)},
+            ParallelConfig(tp=8, pp=2, vpp=31, sequence_parallel=True),
+        ),
+        ("gpt_oss_120b", {}, ParallelConfig(tp=2, pp=4, ep=8, sequence_parallel=True)),
+        ("gpt_oss_20b", {}, ParallelConfig(tp=2, pp=2, ep=2, etp=2, sequence_parallel=True)),
+    ],
+    ids=["gemma2_27b", "gemma3_27b", "gpt_oss_120b", "gpt_oss_20b"],
+)
+def test_every_rank_of_a_published_size(size: str, larger: dict[str, Any], parallel: ParallelConfig) -> None:
+    model = replace(compose(f"model={size}").model, **larger)
+    table, ranks = table_of(model, parallel), 0
+    for rank, found in megatron.meta_states(model, parallel):
+        planned = rank_plans(table, Layout(parallel=parallel), rank)
+        assert {name: shape for name, (shape, _) in found.items()} == {n: plan.shape for n, plan in planned.items()}
+        assert {dtype for _, dtype in found.values()} == {torch.bfloat16}
+        ranks += 1
+    assert ranks == parallel.world_size
+
+
+@pytest.mark.parametrize(
     ("variant", "names"),
     [("gpt_oss", ("sinks", "gate_up_proj_bias", "down_proj_bias", "router.bias")), ("gemma3", ("norm.weight",))],
 )
 def test_every_weight_counts(variant: str, names: tuple[str, ...]) -> None:
     weights, model = weights_of(hf_model(variant)), config_of(hf_model(variant))
-    (expected,) = run_ranks(1, _logits, [model], weights)[0]
-    for name in names:
-        without = {key: 0 * value if key.endswith(name) else value for key, value in weights.items()}
-        (other,) = run_ranks(1, _logits, [model], without)[0]
+    without = [{key: 0 * w if key.endswith(name) else w for key, w in weights.items()} for name in names]
+    ((expected, *others),) = run_ranks(1, _logits, [model] * (1 + len(names)), [weights, *without])
+    for name, other in zip(names, others, strict=True):
         assert (other - expected).abs().max() > 1e-3, name
 
 
@@ -123,11 +154,18 @@ def test_it_trains_as_transformers_does(variant: str) -> None:
     assert results[-1].loss < results[0].loss - 0.2
 
 
+@functools.cache
+def _alone(variant: str) -> list[megatron.StepResult]:
+    hf = hf_model(variant)
+    run = run_config(config_of(hf), ParallelConfig())
+    return run_ranks(1, train, run, weights_of(hf), steps=range(4))[0][0]
+
+
 @pytest.mark.parametrize(("variants", "parallel"), CUTS)
 def test_every_cut_trains_as_one_process(variants: tuple[str, ...], parallel: ParallelConfig) -> None:
     for variant in variants:
         model, weights = config_of(hf_model(variant)), weights_of(hf_model(variant))
-        ((single, _),) = run_ranks(1, train, run_config(model, ParallelConfig()), weights, steps=range(4))
+        single = _alone(variant)
         for results, _ in run_ranks(parallel.world_size, train, run_config(model, parallel), weights, steps=range(4)):
             assert [r.loss for r in results] == pytest.approx([r.loss for r in single], abs=2e-6), variant
             assert [r.grad_norm for r in results] == pytest.approx([r.grad_norm for r in single], rel=2e-5), variant
@@ -141,7 +179,7 @@ def test_a_saved_run_is_a_model_that_transformers_loads(variant: str, tmp_path: 
     )
     checkpoint_to_hf(tmp_path / "it", tmp_path / "hf", model=model)
     trained = dict(to_hf({rank: state for rank, (_, state) in enumerate(ranks)}, model, parallel=TP2PP2))
-    ((expected,),) = run_ranks(1, _logits, [model], trained)
+    ((expected,),) = run_ranks(1, _logits, [model], [trained])
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with torch.no_grad():
         assert (loaded(TOKENS).logits - expected).abs().max() < 1e-5
