@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -29,17 +30,20 @@ def shared_bias(linear: type) -> type:
     """
 
     class SharedBias(linear):
-        def __init__(self, *args: Any, **settings: Any) -> None:
-            super().__init__(*args, **settings)
+        def __init__(self, *args: Any, config: TransformerConfig, **settings: Any) -> None:
+            super().__init__(*args, config=config, **settings)
             # Else Megatron passes the output through a reduction, of one rank, whose result it may not add to in place.
             self.explicit_expert_comm = True
+            self.sharing_ranks = config.expert_tensor_parallel_size
             for name, weight in self.named_parameters():
                 if name.startswith("bias"):
                     weight.sequence_parallel = False
 
-        def forward(self, *args: Any) -> tuple[Tensor, Any]:
-            out, bias = super().forward(*args)
-            return out, _share(bias, self.tp_group.size()) if isinstance(bias, Tensor) else bias
+        def forward(self, *args: Any) -> tuple[Tensor, Tensor | list[Tensor]]:
+            out, bias = super().forward(*args)  # one bias, or those of all experts
+            if isinstance(bias, Tensor):
+                return out, _share(bias, self.sharing_ranks)
+            return out, [_share(each, self.sharing_ranks) for each in bias]
 
     return SharedBias
 
