@@ -18,6 +18,7 @@ from mbfn.train.job import Job
 from mbfn.train.stop import REQUEUE
 
 _LAST_LINES = 15
+_STOPS = {LOST, "PREEMPTED", "TIMEOUT"}  # with the state saved nothing is lost: that is no failure
 _OWN_CAUSE = {
     "CANCELLED": "the job was cancelled",
     "NODE_FAIL": "a node was lost",
@@ -82,7 +83,7 @@ def end_of(state: JobState, job: Job, log: Path) -> End:
     if state.state == "COMPLETED" or (state.state == LOST and finished(job.run, job.output_dir)):
         return End(code=0, text="done")
     saved = (attempt / SAVED).exists()
-    if saved and (state.state == LOST or state.exit_code.startswith(f"{REQUEUE}:")):
+    if saved and (state.state in _STOPS or state.exit_code.startswith(f"{REQUEUE}:")):
         text = f"job {state.job_id}: stopped and saved; the same command with this output directory goes on"
         return End(code=REQUEUE, text=text)
     where = f"job {state.job_id} {state.state}{_exit(state)}; logs: {log}, {attempt}"

@@ -47,7 +47,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,requeue_setup_env_fail
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=0
 JobRequeue=1
 KillWait=10
 MinJobAge=600
@@ -103,6 +103,7 @@ def slurm_box(root: Path, *, nodes: int = 4, cpus: int = 4, gpus: int = 0) -> It
             daemons.append(_daemon(root, box.env, "slurmd", "-D", "-N", f"n{node}", "-f", conf))
         _wait_until_idle(box, nodes)
         yield box
+        _end_jobs(box)
     finally:
         _stop(daemons)
 
@@ -172,6 +173,13 @@ def _wait_for(ready: object, complaint: str, timeout: float = 60) -> None:
     while not ready():
         assert time.monotonic() < end, complaint
         time.sleep(0.1)
+
+
+def _end_jobs(box: Box) -> None:
+    """Jobs of a test that failed would outlive the daemons."""
+    if left := list(box.jobs()):
+        box.run("scancel", *left)
+        _wait_for(lambda: not box.jobs(), f"jobs {left} do not end")
 
 
 def _stop(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
