@@ -32,9 +32,17 @@ def traffic(run: RunConfig) -> tuple[Traffic, ...]:
 
 
 def bandwidth(item: Traffic, device: Device, shares: Shares = SHARES) -> float:
-    """Bytes a second: NVLink where the whole group is inside a node, else the network."""
-    inside = item.span <= device.node_size
-    return device.link * shares.link if inside else device.network * shares.network
+    """Bytes a second: NVLink where the whole group is inside a node, else the network.
+
+    An all-to-all across nodes sends each node its equal part, its own one over NVLink.
+    """
+    link, network = device.link * shares.link, device.network * shares.network
+    if item.span <= device.node_size:
+        return link
+    if item.collective != "all-to-all":
+        return network
+    inside = device.node_size / item.span
+    return 1 / (inside / link + (1 - inside) / network)
 
 
 def _tensor(run: RunConfig) -> Iterator[Traffic]:

@@ -167,8 +167,18 @@ def _time(run: RunConfig, device: Device, speed: Speed, tokens: float) -> Render
     table.add_row("speed", f"{speed.tokens_per_second:,.0f} tokens/s, {speed.tokens_per_second / world:,.0f} a GPU")
     full = speed.tflops * flops.full / flops.causal
     table.add_row("operations", f"{speed.tflops:.0f} TFLOP/s a GPU causal ({used:.1%} of the peak), {full:.0f} full")
+    table.add_row("assumed", _assumed(run, device))
     table.add_row("training", f"{tokens:,.0f} tokens in {speed.days(tokens):,.2f} days")
     return table
+
+
+def _assumed(run: RunConfig, device: Device) -> str:
+    """The shares of published peaks that the time rests on."""
+    attention = SHARES.attention if run.model.kv_channels >= 128 else SHARES.attention_narrow
+    return (
+        f"of {device.label}'s published peaks, matrix products reach {SHARES.gemm[run.precision.fp8]:.0%}, "
+        f"attention {attention:.0%}, NVLink {SHARES.link:.0%}, the network {SHARES.network:.0%} (docs/plan.md)"
+    )
 
 
 def _plain(title: str) -> Table:
