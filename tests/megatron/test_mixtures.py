@@ -1,0 +1,149 @@
+"""Mixtures of experts, latent attention and further tokens: transformers' logits and training at every cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mbfn.megatron as megatron
+from mbfn.config.model import ModelConfig
+from mbfn.config.parallel import ParallelConfig
+from mbfn.convert import to_hf, to_megatron
+from tests.megatron.mixtures import MIXTURES, mixture
+from tests.megatron.tiny import config_of, loss_mask, rows, run_config, train, weights_of
+from tests.ranks import run_ranks
+
+TOKENS = torch.randint(0, 100, (2, 29), generator=torch.Generator().manual_seed(1))
+LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "tp2sp": ParallelConfig(tp=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pp=2),
+    "pp2vpp2": ParallelConfig(pp=2, vpp=2),
+    "cp2": ParallelConfig(cp=2),
+    "ep2": ParallelConfig(ep=2),
+    "tp2ep2": ParallelConfig(tp=2, sequence_parallel=True, ep=2),
+    "pp2ep2": ParallelConfig(pp=2, ep=2),
+    "ep2etp2": ParallelConfig(tp=2, sequence_parallel=True, ep=2, etp=2),
+}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, tuple[ModelConfig, dict[str, Tensor], Tensor]]:
+    made = {}
+    for variant in MIXTURES:
+        model = mixture(variant)
+        with torch.no_grad():
+            made[variant] = (config_of(model), weights_of(model), model(TOKENS).logits)
+    return made
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2sp", "pp2", "cp2", "ep2", "tp2ep2", "ep2etp2"])
+def test_logits_are_transformers(cases: Mapping, layout: str) -> None:
+    parallel = LAYOUTS[layout]
+    given = {variant: case[:2] for variant, case in cases.items()}
+    for rank, found in enumerate(run_ranks(parallel.world_size, _all_logits, parallel, given)):
+        apart = {variant: float((found[variant] - cases[variant][2]).abs().max()) for variant in cases}
+        assert max(apart.values()) < 1e-5, f"rank {rank}: {apart}"
+
+
+def _all_logits(parallel: ParallelConfig, given: Mapping) -> dict[str, Tensor]:
+    with megatron.open_world(parallel, device="cpu", timeout_s=60) as world:
+        found = {}
+        for variant, (model, weights) in given.items():
+            own = to_megatron(weights, model, parallel=parallel, rank=world.rank)
+            chunks = megatron.build_model(run_config(model, parallel), world, own)
+            found[variant] = megatron.logits(world, chunks, TOKENS)
+        return found
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "deepseek_v3"])
+def test_one_process_trains_as_transformers_does(variant: str) -> None:
+    reference = mixture(variant)
+    model = _moe(config_of(reference), moe_aux_loss_coeff=0.0, moe_router_bias_update_rate=0.0)
+    ((results, _),) = run_ranks(
+        1, train, run_config(model, ParallelConfig()), weights_of(reference), steps=range(2 * STEPS)
+    )
+    expected = _plain_loop(reference, 2 * STEPS)
+    assert [result.loss for result in results] == pytest.approx([loss for loss, _ in expected], abs=1e-3)
+    assert [result.grad_norm for result in results[:5]] == pytest.approx([norm for _, norm in expected[:5]], rel=1e-4)
+    assert results[-1].loss < 0.8 * results[0].loss
+
+
+MATRIX = [("deepseek_v3", "tp2sp"), ("deepseek_v3", "pp2ep2"), ("qwen3_moe", "ep2"), ("olmoe", "tp2sp")]
+MORE = [
+    *(("deepseek_v3", layout) for layout in ("ep2", "ep2etp2")),
+    *(("qwen3_moe", "tp2ep2"), ("deepseek_v2_lite", "tp2sp"), ("qwen2_moe", "ep2etp2"), ("glm4_moe", "pp2vpp2")),
+]
+
+
+@cache
+def _single(variant: str) -> tuple[list[megatron.StepResult], dict[str, Tensor]]:
+    """Steps of the variant in one process, and its weights at the end."""
+    reference = mixture(variant)
+    model = _moe(config_of(reference), moe_aux_loss_coeff=0.1)
+    run = run_config(model, ParallelConfig())
+    ((results, state),) = run_ranks(1, train, run, weights_of(reference), steps=range(STEPS))
+    return results, dict(to_hf({0: state}, model, parallel=ParallelConfig()))
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"), [*MATRIX, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
+def test_every_cut_trains_as_one_process(variant: str, layout: str) -> None:
+    reference, parallel = mixture(variant), LAYOUTS[layout]
+    model = _moe(config_of(reference), moe_aux_loss_coeff=0.1)
+    run = run_config(model, parallel)
+    ranks = run_ranks(parallel.world_size, train, run, weights_of(reference), steps=range(STEPS))
+    results, weights = _single(variant)
+    assert all(found == ranks[0][0] for found, _ in ranks)
+    assert [r.loss for r in ranks[0][0]] == pytest.approx([r.loss for r in results], abs=5e-6)
+    assert [r.grad_norm for r in ranks[0][0]] == pytest.approx([r.grad_norm for r in results], rel=5e-5)
+    trained = dict(to_hf({rank: state for rank, (_, state) in enumerate(ranks)}, model, parallel=parallel))
+    apart = {name: float((trained[name] - weights[name]).abs().max()) for name in weights}
+    assert max(apart.values()) < 1e-3, apart
+    for name in weights:
+        if name.endswith("e_score_correction_bias"):  # steps of a fixed size by the experts' loads
+            assert torch.equal(trained[name], weights[name])
+            assert not torch.equal(weights[name], reference.state_dict()[name])
+
+
+def test_the_balance_loss_changes_what_is_learnt() -> None:
+    reference = mixture("qwen3_moe")
+    model = _moe(config_of(reference), moe_aux_loss_coeff=0.0)
+    ((results, _),) = run_ranks(1, train, run_config(model, ParallelConfig()), weights_of(reference), steps=range(2))
+    balanced, _ = _single("qwen3_moe")
+    assert results[0].loss == pytest.approx(balanced[0].loss, abs=1e-6)
+    assert results[0].grad_norm != pytest.approx(balanced[0].grad_norm, rel=1e-4)
+
+
+def _moe(model: ModelConfig, **changes: float) -> ModelConfig:
+    assert model.moe is not None
+    return replace(model, moe=replace(model.moe, **changes))
+
+
+def _plain_loop(model: torch.nn.Module, steps: int) -> list[tuple[float, float]]:
+    """The losses and gradient norms of transformers with torch's AdamW on the same batches."""
+    optim, mask = run_config(config_of(model), ParallelConfig()).optim, loss_mask()
+    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
+    rest = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    betas = (optim.beta1, optim.beta2)
+    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    found = []
+    for step in range(steps):
+        batch = rows(step)
+        losses = F.cross_entropy(model(batch[:, :-1]).logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        loss = (losses * mask).sum() / mask.sum()
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        adam.step()
+        found.append((loss.item(), norm.item()))
+    return found
