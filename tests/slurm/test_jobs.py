@@ -145,7 +145,8 @@ def test_a_signal_saves_and_requeues_and_nothing_is_lost(box: Box, root: Path, w
 def test_the_time_limit_costs_nothing(box: Box, root: Path) -> None:
     # Limits are whole minutes, and the signal comes up to a minute early: steps long enough for several starts.
     output, long = root / "limited", (*PAIR, "train.steps=100", "train.global_batch_size=128", "train.eval_interval=50")
-    code, printed, err = finish(start(box, output, *long, "launch.time_min=1", "launch.signal_s=15"), 900)
+    often = ("launch.time_min=1", "launch.signal_s=15", "launch.max_requeues=100")
+    code, printed, err = finish(start(box, output, *long, *often), 1800)
     assert (code, err) == (0, ""), printed
     assert "start 2" in printed
     code, printed, err = finish(start(box, root / "unlimited", *long))
