@@ -56,7 +56,7 @@ def _verify_weights(hf_dir: Path, checkpoint: Path | None, parallel: ParallelCon
     from mbfn.families import model_from_hf
     from mbfn.storage import open_hf, open_torch_dist
     from mbfn.storage.compare import compare_checkpoint, compare_round_trip
-    from mbfn.storage.jobs import checkpoint_table
+    from mbfn.storage.described import checkpoint_table
 
     model = model_from_hf(hf_dir)
     with open_hf(hf_dir) as hf:
@@ -107,7 +107,7 @@ def _weights_fp32(hf_dir: Path, checkpoint: Path | None, model: ModelConfig) -> 
     from mbfn.convert.plans import checkpoint_hf_plans
     from mbfn.convert.states import PlannedState
     from mbfn.storage import open_hf, open_torch_dist
-    from mbfn.storage.jobs import checkpoint_table
+    from mbfn.storage.described import checkpoint_table
 
     if checkpoint is None:
         with open_hf(hf_dir) as hf:

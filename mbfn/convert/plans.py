@@ -122,6 +122,17 @@ def checkpoint_place(tensor: GlobalTensor, table: Table) -> tuple[str, Shape, Sh
     return key.replace("layers.{i}.", "layers."), (table.model.num_layers, *shape), (tensor.layer, *at)
 
 
+def box_plan(key: str, shape: Shape, offset: Shape, box: Shape) -> TensorPlan:
+    """The box at `offset` of the tensor `key` of `shape`; what lies outside of that is zero."""
+    within = tuple(min(b, n - a) for a, b, n in zip(offset, box, shape, strict=True))
+    if min(within, default=1) <= 0:
+        return TensorPlan(key, box, (), key)
+    strides = contiguous_strides(shape)
+    start = sum(a * s for a, s in zip(offset, strides, strict=True))
+    copy = coalesce(Copy(key, within, start, strides, 0, contiguous_strides(box)))
+    return TensorPlan(key, box, (copy,), key)
+
+
 def _local_plan(local: LocalTensor) -> TensorPlan:
     copies = [
         embed(part, "dst", piece.shape, local.shape, piece.at)

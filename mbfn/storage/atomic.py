@@ -39,17 +39,17 @@ def atomic_directory(
     Raises: CheckpointError when `path` holds something that mbfn did not write, or cannot be written.
     """
     target = Path(os.path.abspath(Path(path).expanduser()))
-    with _clear_errors(target):
+    with clear_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clean(target)
+        clean(target)
         check_replaceable(target)
-        _check_space(target.parent, nbytes)
+        check_space(target.parent, nbytes)
         draft, lock = _make_draft(target)
         try:
             yield draft
             write_manifest(draft, kind, manifest)
-            _sync_tree(draft)
-            _put_in_place(draft, target)
+            sync_tree(draft)
+            put_in_place(draft, target)
         finally:  # after the rename the draft is what was there before
             shutil.rmtree(draft, ignore_errors=True)
             os.close(lock)
@@ -78,7 +78,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_manifest(directory: Path, kind: str, manifest: Mapping[str, Any]) -> None:
     """Describe a finished directory in its `mbfn.json`."""
     files = {str(file.relative_to(directory)): file.stat().st_size for file in _files(directory)}
-    packages = {name: version for name in _PACKAGES if (version := _version(name))}
+    packages = {name: version for name in _PACKAGES if (version := version_of(name))}
     head = {"format_version": FORMAT_VERSION, "kind": kind, "packages": packages, "files": files}
     (directory / MANIFEST).write_text(json.dumps({**head, **manifest}, indent=1) + "\n", encoding="utf-8")
 
@@ -109,7 +109,7 @@ def _files(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob("*") if not file.is_dir() or file.is_symlink())
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -117,7 +117,7 @@ def _version(package: str) -> str:
 
 
 @contextlib.contextmanager
-def _clear_errors(target: Path) -> Iterator[None]:
+def clear_errors(target: Path) -> Iterator[None]:
     """The system's errors as one line about `target`."""
     try:
         yield
@@ -129,7 +129,7 @@ def _clear_errors(target: Path) -> Iterator[None]:
         raise CheckpointError(f"{target}: writing failed: {error}; nothing was left there") from error
 
 
-def _check_space(parent: Path, nbytes: int) -> None:
+def check_space(parent: Path, nbytes: int) -> None:
     disk = os.statvfs(parent)
     free = disk.f_bavail * disk.f_frsize
     if nbytes > free:
@@ -142,13 +142,13 @@ def _make_draft(target: Path) -> tuple[Path, int]:
         draft = target.parent / f".{target.name}.draft-{uuid.uuid4().hex[:8]}"
         draft.mkdir()
         lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        _try_lock(lock)
+        try_lock(lock)
         if draft.exists():  # a cleaner may have come between
             return draft, lock
         os.close(lock)
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
     """Whether the lock is ours: nobody is at work there. False where the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,18 +157,20 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _clean(target: Path) -> None:
-    """Remove the drafts of dead writers; put back what a writer had moved aside when it died."""
+def clean(target: Path, keep: str = "") -> None:
+    """Remove the drafts of dead writers, but not `keep`; put back what a writer had moved aside when it died."""
     for aside in target.parent.glob(f".{glob_escape(target.name)}.aside-*"):
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.rename(target)
-    for draft in target.parent.glob(f".{glob_escape(target.name)}.draft-*"):
+    for draft in target.parent.glob(f".{glob_escape(target.name)}.*-*"):
+        if draft.name == keep or not draft.name.removeprefix(f".{target.name}.").startswith(("draft-", "part-")):
+            continue
         with contextlib.suppress(OSError):
             lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                if _try_lock(lock):
+                if try_lock(lock):
                     shutil.rmtree(draft, ignore_errors=True)
             finally:
                 os.close(lock)
@@ -179,7 +181,7 @@ def glob_escape(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     for root, _, files in os.walk(directory):
         for name in (*files, "."):
             fd = os.open(os.path.join(root, name), os.O_RDONLY | os.O_CLOEXEC)
@@ -189,7 +191,7 @@ def _sync_tree(directory: Path) -> None:
                 os.close(fd)
 
 
-def _put_in_place(draft: Path, target: Path) -> None:
+def put_in_place(draft: Path, target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         os.rename(draft, target)
     elif not _exchange(draft, target):

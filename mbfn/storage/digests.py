@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 from mbfn.errors import CheckpointError
 from mbfn.storage.atomic import MANIFEST, read_manifest
 from mbfn.storage.hf import open_hf
-from mbfn.storage.streams import BUFFER, run_all
+from mbfn.storage.parts import crc_of
+from mbfn.storage.streams import run_all
 from mbfn.storage.torch_dist import open_torch_dist
 
 type Part = tuple[str, Path, int, int, int]  # tensor, file, place, bytes, the CRC-32 noted
@@ -55,14 +55,5 @@ def _export_parts(root: Path) -> Iterator[Part]:
 
 
 def _crc(file: Path, place: int, nbytes: int) -> int:
-    crc = 0
-    buffer = memoryview(bytearray(min(BUFFER, nbytes)))
     with file.open("rb", buffering=0) as stream:
-        stream.seek(place)
-        while nbytes:
-            count = stream.readinto(buffer[:nbytes])
-            if not count:
-                raise CheckpointError(f"{file}: cut short: {nbytes} bytes of its tensors are missing")
-            crc = zlib.crc32(buffer[:count], crc)
-            nbytes -= count
-    return crc
+        return crc_of(stream.fileno(), place, nbytes, file)

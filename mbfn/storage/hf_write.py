@@ -21,11 +21,14 @@ from mbfn.convert.table import table_of
 from mbfn.errors import ConversionError
 from mbfn.families import model_to_hf
 from mbfn.storage.atomic import MANIFEST, atomic_directory
+from mbfn.storage.headers import make_header
 from mbfn.storage.hf import INDEX
-from mbfn.storage.hf_shards import Declared, GrowingShards, PlannedShards, Shards
+from mbfn.storage.hf_shards import Declared, GrowingShards, PlannedShards, Shards, plan_shards
+from mbfn.storage.parts import Crcs, OutFile, Package, Part
 from mbfn.storage.streams import Read, run_all, write_tensor
 
 MAX_SHARD_BYTES = 5 << 30
+METADATA: Mapping[str, str] = {"format": "pt"}
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
 _CARRIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
@@ -58,7 +61,7 @@ def save_hf(
     Raises: CheckpointError when the target cannot be written; ConversionError when the items are not those of the
     plan or of the model.
     """
-    metadata = metadata or {"format": "pt"}
+    metadata = metadata or METADATA
     config = _config_of(model) if config is None else config
     manifest: dict[str, Any] = {"model": asdict(model) if model else None}
     nbytes = sum(tensor.nbytes for tensor in plan or ())
@@ -72,11 +75,53 @@ def save_hf(
             manifest["crc32"] = _write(items, shards, workers)
             written = shards.finish()
         _check_whole(model, written)
-        if len(written) > 1:
-            _write_json(draft / INDEX, _index(written))
-        for file in extra_files:
-            shutil.copyfile(file, draft / file.name)
-        _write_json(draft / "config.json", config)
+        _describe(draft, written, config, extra_files)
+
+
+def export_package(
+    items: Iterable[tuple[Declared, Read]],
+    model: ModelConfig,
+    *,
+    config: Mapping[str, Any],
+    extra_files: tuple[Path, ...] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Package:
+    """The files of an export, with the place of every byte.
+
+    Raises: ConversionError when the items are not the tensors of the model.
+    """
+    reads = {tensor.name: (tensor, read) for tensor, read in items}
+    shards = plan_shards([tensor for tensor, _ in reads.values()], max_shard_bytes)
+    _check_whole(model, shards)
+    files = tuple(_file(name, tensors, reads) for name, tensors in shards.items())
+
+    def finish(out: Path, crcs: Crcs) -> dict[str, Any]:
+        _describe(out, shards, config, extra_files)
+        noted = {t.name: crc for name, held in shards.items() for t, crc in zip(held, crcs[name][1:], strict=True)}
+        return {"model": asdict(model), "crc32": noted}
+
+    return Package(kind="hf", files=files, finish=finish)
+
+
+def _file(name: str, tensors: Sequence[Declared], reads: Mapping[str, tuple[Declared, Read]]) -> OutFile:
+    header = make_header(((t.name, t.shape, t.dtype) for t in tensors), METADATA)
+    parts = [Part(name="header", position=0, head=header)]
+    position = len(header)
+    for t in tensors:
+        parts.append(Part(name=t.name, position=position, shape=t.shape, dtype=t.dtype, data=reads[t.name][1]))
+        position += t.nbytes
+    return OutFile(name=name, size=position, parts=tuple(parts))
+
+
+def _describe(
+    out: Path, shards: Mapping[str, Sequence[Declared]], config: Mapping[str, Any], extra_files: Iterable[Path]
+) -> None:
+    """The index, config.json, and what is carried over."""
+    if len(shards) > 1:
+        _write_json(out / INDEX, _index(shards))
+    for file in extra_files:
+        shutil.copyfile(file, out / file.name)
+    _write_json(out / "config.json", config)
 
 
 def carried_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:

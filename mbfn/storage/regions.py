@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from mbfn.errors import CheckpointError
 MAX_READ = 1 << 30  # bytes of one call: Linux moves at most 2 GiB
 SCRATCH = 4 << 20  # bytes that a staged read holds
 SMALL_RUN = 512  # bytes below which a call costs more than the gap to the next run
+type Way = Literal["one", "scattered", "runs", "staged"]
+"""How a region is read: in one call; in one call for many places; run by run; through a scratch tensor."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BUFFERS = 512  # of one scattered read: Linux takes at most 1024
 WASTE = 1.1  # bytes read for a byte wanted, at most, unless the runs are small
 
 
@@ -81,14 +84,46 @@ def read_region(fd: int, meta: TensorMeta, copy: Copy, out: Tensor) -> None:
     if copy.numel == 0:
         return
     copy = by_source(copy)
-    unit = copy.src_strides[-1:] in ((), (1,)) and copy.dst_strides[-1:] in ((), (1,))
-    run = (copy.shape[-1] if copy.shape else 1) * meta.dtype.itemsize
-    whole = len(copy.shape) <= 1
-    if unit and (whole or run >= SMALL_RUN) and out.device.type == "cpu":
-        _read_runs(fd, meta, copy, out)
-    else:
+    way = way_of(copy, meta.dtype.itemsize) if out.device.type == "cpu" else "staged"
+    if way == "scattered":
+        _read_scattered(fd, meta, copy, out)
+    elif way == "staged":
         for part in _split(copy, SCRATCH // meta.dtype.itemsize):
             _read_staged(fd, meta, part, out)
+    else:
+        _read_runs(fd, meta, copy, out)
+
+
+def way_of(copy: Copy, itemsize: int) -> Way:
+    """How a region whose axes are `by_source` is read."""
+    unit = copy.src_strides[-1:] in ((), (1,)) and copy.dst_strides[-1:] in ((), (1,))
+    if len(copy.shape) <= 1 and unit:
+        return "one"
+    if not unit or copy.shape[-1] * itemsize < SMALL_RUN:
+        return "staged"
+    return "scattered" if span(copy.shape, copy.src_strides) == copy.numel else "runs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a region takes: how it is read, in how many runs of how many bytes, and the bytes asked of the file."""
+
+    way: Way
+    runs: int
+    run: int
+    nbytes: int
+
+
+def cost_of(copy: Copy, itemsize: int) -> Cost:
+    """What `read_region` does for `copy`, without a file."""
+    copy = by_source(copy)
+    way = way_of(copy, itemsize)
+    run = copy.shape[-1] * itemsize if copy.src_strides[-1:] == (1,) else itemsize
+    nbytes = copy.numel * itemsize
+    if way == "staged":
+        parts = _split(copy, SCRATCH // itemsize)
+        nbytes = sum(itemsize * (_extent(part, itemsize) or part.numel) for part in parts)
+    return Cost(way=way, runs=max(1, copy.numel * itemsize // run), run=run, nbytes=nbytes)
 
 
 def by_source(copy: Copy) -> Copy:
@@ -125,6 +160,19 @@ def _read_runs(fd: int, meta: TensorMeta, copy: Copy, out: Tensor) -> None:
     for src, dst in zip(src_steps, dst_steps, strict=True):
         if preadv(fd, (target[dst : dst + min(run, MAX_READ)],), src) != run:
             read_exactly(fd, target[dst : dst + run], src, meta.file)
+
+
+def _read_scattered(fd: int, meta: TensorMeta, copy: Copy, out: Tensor) -> None:
+    """A region without gaps, to runs that lie apart: many of them in one call."""
+    item = meta.dtype.itemsize
+    target = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+    run, position = copy.shape[-1] * item, meta.offset + copy.src_offset * item
+    places = _positions(copy.shape[:-1], copy.dst_strides[:-1], copy.dst_offset * item, item)
+    for group in itertools.batched(places, max(1, min(BUFFERS, MAX_READ // run))):
+        if os.preadv(fd, [target[place : place + run] for place in group], position) != run * len(group):
+            for number, place in enumerate(group):
+                read_exactly(fd, target[place : place + run], position + number * run, meta.file)
+        position += run * len(group)
 
 
 def read_exactly(fd: int, target: memoryview, offset: int, path: Path) -> None:
@@ -167,9 +215,8 @@ def _split(copy: Copy, limit: int) -> Iterator[Copy]:
 
 def _read_staged(fd: int, meta: TensorMeta, copy: Copy, out: Tensor) -> None:
     """By way of a scratch tensor: for layouts that differ, runs too short to read one by one, other devices."""
-    extent = span(copy.shape, copy.src_strides)
-    runs_are_small = copy.src_strides[-1:] != (1,) or copy.shape[-1] * meta.dtype.itemsize < SMALL_RUN
-    if extent <= copy.numel * WASTE or runs_are_small:
+    extent = _extent(copy, meta.dtype.itemsize)
+    if extent:
         scratch = torch.empty(extent, dtype=meta.dtype)
         strides = copy.src_strides
         read = Copy(copy.source, (extent,), copy.src_offset, (1,), 0, (1,))
@@ -182,3 +229,10 @@ def _read_staged(fd: int, meta: TensorMeta, copy: Copy, out: Tensor) -> None:
     flat = out.detach().reshape(-1).view(bits)
     target = flat.as_strided(copy.shape, copy.dst_strides, flat.storage_offset() + copy.dst_offset)
     target.copy_(scratch.view(bits).as_strided(copy.shape, strides))
+
+
+def _extent(copy: Copy, itemsize: int) -> int:
+    """Elements that a staged read takes in one stretch; 0 where it goes run by run."""
+    extent = span(copy.shape, copy.src_strides)
+    runs_are_small = copy.src_strides[-1:] != (1,) or copy.shape[-1] * itemsize < SMALL_RUN
+    return extent if extent <= copy.numel * WASTE or runs_are_small else 0

@@ -20,14 +20,16 @@ Read = Callable[[int, int, Tensor], None]
 _local = threading.local()
 
 
-def write_tensor(fd: int, offset: int, shape: Sequence[int], dtype: torch.dtype, data: Tensor | Read) -> int:
-    """Write a tensor's bytes at `offset`; returns their CRC-32."""
+def write_tensor(
+    fd: int, offset: int, shape: Sequence[int], dtype: torch.dtype, data: Tensor | Read, *, buffer: int = BUFFER
+) -> int:
+    """Write a tensor's bytes at `offset`, `buffer` of them at a time; returns their CRC-32."""
     crc = 0
     if isinstance(data, Tensor) and (data.dtype != dtype or tuple(data.shape) != tuple(shape)):
         raise ValueError(f"expected {dtype} of shape {tuple(shape)}, got {data.dtype} of shape {tuple(data.shape)}")
     if isinstance(data, Tensor):
         data = data.detach().contiguous()
-    for start, stop in pieces(shape, dtype.itemsize):
+    for start, stop in pieces(shape, dtype.itemsize, buffer):
         view = _bytes(data, start, stop) if isinstance(data, Tensor) else _filled(data, start, stop, dtype)
         crc = zlib.crc32(view, crc)
         write_exactly(fd, view, offset + start * dtype.itemsize)
@@ -41,10 +43,10 @@ def write_exactly(fd: int, view: memoryview | bytes, offset: int) -> None:
         done += os.pwrite(fd, memoryview(view)[done:], offset + done)
 
 
-def pieces(shape: Sequence[int], itemsize: int) -> Iterator[tuple[int, int]]:
+def pieces(shape: Sequence[int], itemsize: int, buffer: int = BUFFER) -> Iterator[tuple[int, int]]:
     """Ranges of the flattened tensor that fit the buffer: whole rows where a row does."""
     total = math.prod(shape)
-    limit = BUFFER // itemsize
+    limit = buffer // itemsize
     row = next((size for axis in range(1, len(shape) + 1) if 0 < (size := math.prod(shape[axis:])) <= limit), 1)
     step = limit // row * row
     for start in range(0, total, step):
@@ -73,8 +75,9 @@ def _bytes(tensor: Tensor, start: int, stop: int) -> memoryview:
 
 
 def _filled(read: Read, start: int, stop: int, dtype: torch.dtype) -> memoryview:
-    if not hasattr(_local, "buffer"):
-        _local.buffer = torch.empty(BUFFER, dtype=torch.uint8)
-    part = _local.buffer[: (stop - start) * dtype.itemsize]
+    nbytes = (stop - start) * dtype.itemsize
+    if len(getattr(_local, "buffer", ())) < nbytes:
+        _local.buffer = torch.empty(nbytes, dtype=torch.uint8)
+    part = _local.buffer[:nbytes]
     read(start, stop, part.view(dtype))
     return memoryview(part.numpy())

@@ -72,6 +72,13 @@ class TorchDistCheckpoint(Mapping[str, Tensor]):
     def read_into(self, copy: Copy, out: Tensor) -> None:
         """Carry out `copy` from the global tensor `copy.source` into the contiguous `out`, reading only its bytes."""
         meta = self.metas[copy.source]
+        for chunk, part in self.parts(copy):
+            stored = self._stored(copy.source, chunk, meta.dtype)
+            read_region(self._fd(chunk.file), stored, part, out)
+
+    def parts(self, copy: Copy) -> Iterator[tuple[ChunkMeta, Copy]]:
+        """`copy` chunk by chunk, its source then the chunk."""
+        meta = self.metas[copy.source]
         if copy.numel == 0:
             return
         last = copy.src_offset + span(copy.shape, copy.src_strides) - 1
@@ -82,9 +89,7 @@ class TorchDistCheckpoint(Mapping[str, Tensor]):
         for index in np.flatnonzero((starts <= last // row) & (stops > copy.src_offset // row)):
             chunk = meta.chunks[index]
             end = tuple(a + b for a, b in zip(chunk.offset, chunk.shape, strict=True))
-            stored = self._stored(copy.source, chunk, meta.dtype)
-            for part in window(copy, "src", meta.shape, chunk.offset, end):
-                read_region(self._fd(chunk.file), stored, part, out)
+            yield from ((chunk, part) for part in window(copy, "src", meta.shape, chunk.offset, end))
 
     def load_object(self, key: str) -> Any:
         """A value that is no tensor, by its key (`.../shard_0_1`). Objects of unknown classes come as `Record`s."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -22,10 +21,13 @@ from mbfn.convert.plans import checkpoint_place
 from mbfn.convert.table import Table
 from mbfn.storage.atomic import atomic_directory
 from mbfn.storage.dist_metadata import BACKEND, COMMON, Placed, by_key, check_cover, metadata_bytes
-from mbfn.storage.streams import Read, run_all, write_exactly, write_tensor
+from mbfn.storage.parts import Crcs, OutFile, Package, Part
+from mbfn.storage.resume import write_files
+from mbfn.storage.streams import Read
 from mbfn.storage.zips import TensorArchive, tensor_archive
 
 HF_FOLDER = "hf"
+MAX_FILE_BYTES = 2 << 30  # what a killed conversion does again, at most, and what one worker takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,16 @@ class Chunk:
     dtype: torch.dtype
     data: Tensor | Read
     rank: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What a checkpoint says of itself beside the weights."""
+
+    model: ModelConfig | None = None
+    parallel: ParallelConfig | None = None
+    config: Mapping[str, Any] | None = None
+    extra_files: tuple[Path, ...] = ()
 
 
 def write_torch_dist(
@@ -60,31 +72,73 @@ def write_torch_dist(
     (the Hugging Face config.json and tokenizer) go to the folder `hf`, `model` and `parallel` into `mbfn.json`.
     Raises: CheckpointError when chunks do not cover a tensor, or the target cannot be written.
     """
+    package = torch_dist_package(
+        Path(path),
+        chunks,
+        blobs={key: saved(value) for key, value in (objects or {}).items()},
+        common=_common(common, content_metadata),
+        described=Described(model=model, parallel=parallel, config=config, extra_files=tuple(extra_files)),
+    )
+    manifest: dict[str, Any] = {}
+    with atomic_directory(path, kind=BACKEND, manifest=manifest, nbytes=package.nbytes) as draft:
+        manifest |= package.finish(draft, write_files(draft, package.files, workers))
+
+
+def torch_dist_package(
+    path: Path,
+    chunks: Iterable[Chunk],
+    *,
+    blobs: Mapping[str, bytes],
+    common: bytes,
+    described: Described,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Package:
+    """The files of a checkpoint, with the place of every byte.
+
+    `blobs` are torch.save archives by key, `common` that of what every rank shares.
+    Raises: CheckpointError when chunks do not cover a tensor.
+    """
     chunks = list(chunks)
-    _check(chunks, Path(path))
-    shared = {
-        **(common or {}),
-        **({"content_metadata": dict(content_metadata)} if content_metadata is not None else {}),
-    }
-    blobs = {COMMON: _saved(shared), **{key: _saved(value) for key, value in (objects or {}).items()}}
+    _check(chunks, path)
     archives = [tensor_archive(chunk.shape, chunk.dtype) for chunk in chunks]
-    placed_blobs, placed = _place(blobs, chunks, archives)
-    manifest = {"model": asdict(model) if model else None, "parallel": asdict(parallel) if parallel else None}
-    nbytes = sum(place.length for place in (*placed_blobs, *placed))
-    with atomic_directory(path, kind=BACKEND, manifest=manifest, nbytes=nbytes) as draft:
-        with contextlib.ExitStack() as stack:
-            fds = _create(draft, {place.file for place in (*placed_blobs, *placed)}, stack)
-            for place, blob in zip(placed_blobs, blobs.values(), strict=True):
-                write_exactly(fds[place.file], blob, place.position)
-            jobs = (
-                partial(_write_chunk, fds[place.file], place.position, chunk, archive)
-                for place, chunk, archive in zip(placed, chunks, archives, strict=True)
-            )
-            run_all(jobs, workers)
-        (draft / ".metadata").write_bytes(metadata_bytes(chunks, placed_blobs, placed))
-        _carry(draft / HF_FOLDER, config, extra_files)
-        text = json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1})
-        (draft / "metadata.json").write_text(text, encoding="utf-8")
+    placed_blobs, placed = _place({COMMON: common, **blobs}, chunks, archives, max_file_bytes)
+    parts: dict[str, list[Part]] = {}
+    for place, blob in zip(placed_blobs, (common, *blobs.values()), strict=True):
+        parts.setdefault(place.file, []).append(Part(name=place.key, position=place.position, head=blob))
+    for place, chunk, archive in zip(placed, chunks, archives, strict=True):
+        parts.setdefault(place.file, []).append(_part(place, chunk, archive))
+    ends = {place.file: place.position + place.length for place in (*placed_blobs, *placed)}
+    files = tuple(OutFile(name=name, size=ends[name], parts=tuple(held)) for name, held in parts.items())
+    return Package(kind=BACKEND, files=files, finish=partial(_finish, chunks, placed_blobs, placed, described))
+
+
+def _part(place: Placed, chunk: Chunk, archive: TensorArchive) -> Part:
+    return Part(
+        name=f"{chunk.key} at {list(chunk.offset)}",
+        position=place.position,
+        head=archive.head,
+        shape=chunk.shape,
+        dtype=chunk.dtype,
+        data=chunk.data,
+        tail=archive.tail,
+    )
+
+
+def _finish(
+    chunks: Sequence[Chunk], blobs: Sequence[Placed], placed: Sequence[Placed], described: Described, out: Path, _: Crcs
+) -> dict[str, Any]:
+    """What makes a checkpoint of the files; the CRCs stand in its archives."""
+    (out / ".metadata").write_bytes(metadata_bytes(chunks, blobs, placed))
+    _carry(out / HF_FOLDER, described.config, described.extra_files)
+    text = json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1})
+    (out / "metadata.json").write_text(text, encoding="utf-8")
+    model, parallel = described.model, described.parallel
+    return {"model": asdict(model) if model else None, "parallel": asdict(parallel) if parallel else None}
+
+
+def _common(common: Mapping[str, Any] | None, content_metadata: Mapping[str, Any] | None) -> bytes:
+    content = {} if content_metadata is None else {"content_metadata": dict(content_metadata)}
+    return saved({**(common or {}), **content})
 
 
 def extra_states(table: Table) -> dict[str, None]:
@@ -113,43 +167,33 @@ def _check(chunks: Sequence[Chunk], path: Path) -> None:
         check_cover(key, parts[0].global_shape, [(part.offset, part.shape) for part in parts], path)
 
 
-def _saved(value: Any) -> bytes:
+def saved(value: Any) -> bytes:
+    """The torch.save archive of an object of a checkpoint."""
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream.getvalue()
 
 
 def _place(
-    blobs: Mapping[str, bytes], chunks: Sequence[Chunk], archives: Sequence[TensorArchive]
+    blobs: Mapping[str, bytes], chunks: Sequence[Chunk], archives: Sequence[TensorArchive], limit: int
 ) -> tuple[list[Placed], list[Placed]]:
-    """Places of objects (all in the first file) and chunks, known before anything is written."""
-    ends: dict[str, int] = {}
+    """Places of objects (all in the first file) and chunks, known before anything is written.
+
+    A rank's file ends before the chunk that would make it longer than `limit`.
+    """
+    ends: dict[int, tuple[int, int]] = {}  # number and end of each rank's last file
 
     def place(key: str, offset: tuple[int, ...] | None, rank: int, length: int) -> Placed:
-        file = f"__{rank}_0.distcp"
-        position = ends.get(file, 0)
-        ends[file] = position + length
-        return Placed(key=key, offset=offset, file=file, position=position, length=length)
+        number, position = ends.get(rank, (0, 0))
+        if offset is not None and position and position + length > limit:
+            number, position = number + 1, 0
+        ends[rank] = number, position + length
+        return Placed(key=key, offset=offset, file=f"__{rank}_{number}.distcp", position=position, length=length)
 
     first = min((chunk.rank for chunk in chunks), default=0)
     objects = [place(key, None, first, len(blob)) for key, blob in blobs.items()]
     pairs = zip(chunks, archives, strict=True)
     return objects, [place(chunk.key, chunk.offset, chunk.rank, archive.length) for chunk, archive in pairs]
-
-
-def _create(draft: Path, files: Iterable[str], stack: contextlib.ExitStack) -> dict[str, int]:
-    fds = {}
-    for file in sorted(files):
-        fds[file] = os.open(draft / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        stack.callback(os.close, fds[file])
-    return fds
-
-
-def _write_chunk(fd: int, position: int, chunk: Chunk, archive: TensorArchive) -> None:
-    write_exactly(fd, archive.head, position)
-    data_at = position + len(archive.head)
-    crc = write_tensor(fd, data_at, chunk.shape, chunk.dtype, chunk.data)
-    write_exactly(fd, archive.tail(crc), data_at + archive.nbytes)
 
 
 def _carry(folder: Path, config: Mapping[str, Any] | None, extra_files: Iterable[Path]) -> None:

@@ -1,0 +1,279 @@
+"""Whole conversions between directories, planned from headers and configs alone: nothing is read or written yet."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mbfn.config.model import ModelConfig
+from mbfn.config.parallel import ParallelConfig
+from mbfn.config.run import layout_problems
+from mbfn.convert.copies import TensorPlan
+from mbfn.convert.plans import box_plan, checkpoint_chunks, checkpoint_hf_plans, checkpoint_shapes
+from mbfn.convert.states import check_hf, one_dtype
+from mbfn.convert.table import Table, table_of
+from mbfn.errors import CheckpointError, ConfigError, ConversionError
+from mbfn.families import model_from_hf, model_to_hf
+from mbfn.storage.described import checkpoint_model, checkpoint_table, moments_of
+from mbfn.storage.dist_metadata import COMMON
+from mbfn.storage.dtypes import DTYPES, check_dtypes, declared_dtype
+from mbfn.storage.hf import HfDirectory, open_hf, read_json
+from mbfn.storage.hf_shards import Declared
+from mbfn.storage.hf_write import MAX_SHARD_BYTES, carried_files, export_package
+from mbfn.storage.parts import Package
+from mbfn.storage.planned import reader
+from mbfn.storage.regions import pread_exactly
+from mbfn.storage.resume import fingerprint
+from mbfn.storage.streams import Read
+from mbfn.storage.torch_dist import TorchDistCheckpoint, open_torch_dist
+from mbfn.storage.torch_dist_write import (
+    HF_FOLDER,
+    MAX_FILE_BYTES,
+    Chunk,
+    Described,
+    extra_states,
+    saved,
+    torch_dist_package,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Care:
+    """What is done with every weight on its way."""
+
+    cast: torch.dtype | None = None  # the dtype that all get; none: each keeps its own
+    nan: bool = False  # stop at the first NaN
+    on_bytes: Callable[[int], None] | None = None  # told of every piece that was read
+    max_file_bytes: int | None = None  # of one file; none: 2 GiB in checkpoints, 5 GiB in exports
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion will read and write."""
+
+    package: Package
+    source: HfDirectory | TorchDistCheckpoint
+    table: Table
+    plans: Mapping[str, TensorPlan]  # by name of the part that they make
+    tensors: int  # of the model
+    nbytes: int  # of those tensors
+    cast: torch.dtype | None = None
+    fingerprint: str  # of the source
+
+
+type Planned = AbstractContextManager[Conversion]
+
+
+@contextmanager
+def plan_import(hf_dir: Path, parallel: ParallelConfig, care: Care) -> Iterator[Conversion]:
+    """Hugging Face directory -> the torch_dist checkpoint that a run in layout `parallel` would save.
+
+    Raises: ConfigError when the layout does not fit, ConversionError and CheckpointError for bad weights or files.
+    """
+    model = model_from_hf(hf_dir)
+    _check_layout(model, parallel)
+    with open_hf(hf_dir) as source:
+        table = table_of(model, parallel)
+        check_hf(table, source, str(hf_dir))
+        check_dtypes(table, source, declared_dtype(source.config()), care.cast, str(hf_dir))
+        boxes = [(r, c.key, c.global_shape, c.offset, c.plan) for r, c in checkpoint_chunks(table, parallel)]
+        chunks, plans = _chunks(boxes, source, care)
+        model = replace(model, params_dtype=DTYPES[care.cast]) if care.cast else model
+        package = torch_dist_package(
+            hf_dir,
+            chunks,
+            blobs=dict.fromkeys(extra_states(table), saved(None)),
+            common=saved({"checkpoint_version": 3.0, "content_metadata": {"singleton_local_shards": False}}),
+            described=Described(
+                model=model, parallel=parallel, config=_recast(source.config(), care), extra_files=carried_files(hf_dir)
+            ),
+            max_file_bytes=care.max_file_bytes or MAX_FILE_BYTES,
+        )
+        yield Conversion(
+            package=package,
+            source=source,
+            table=table,
+            plans=plans,
+            tensors=len(table.hf_shapes),
+            nbytes=source.nbytes,
+            cast=care.cast,
+            fingerprint=fingerprint(hf_dir),
+        )
+
+
+@contextmanager
+def plan_export(checkpoint_dir: Path, care: Care, model: ModelConfig | None = None) -> Iterator[Conversion]:
+    """A torch_dist checkpoint, whoever saved it -> Hugging Face directory.
+
+    `model`: for checkpoints that do not carry their own description.
+    Raises: CheckpointError, ConversionError.
+    """
+    model = model or checkpoint_model(checkpoint_dir)
+    carried = checkpoint_dir / HF_FOLDER
+    with open_torch_dist(checkpoint_dir) as source:
+        table = checkpoint_table(model, source)
+        plans = {plan.name: plan for plan in checkpoint_hf_plans(table)}
+        items = [
+            (
+                Declared(name=p.name, shape=p.shape, dtype=care.cast or one_dtype(p, source)),
+                _watched(p.name, reader(p, source, cast=care.cast), care),
+            )
+            for p in plans.values()
+        ]
+        if care.cast:
+            model = replace(model, params_dtype=DTYPES[care.cast])
+        package = export_package(
+            items,
+            model,
+            config=_recast(_exported_config(carried, model), care),
+            extra_files=carried_files(carried) if carried.is_dir() else (),
+            max_shard_bytes=care.max_file_bytes or MAX_SHARD_BYTES,
+        )
+        yield Conversion(
+            package=package,
+            source=source,
+            table=table,
+            plans=plans,
+            tensors=len(plans),
+            nbytes=sum(declared.nbytes for declared, _ in items),
+            cast=care.cast,
+            fingerprint=fingerprint(checkpoint_dir),
+        )
+
+
+@contextmanager
+def plan_reshard(
+    checkpoint_dir: Path, parallel: ParallelConfig, care: Care, model: ModelConfig | None = None
+) -> Iterator[Conversion]:
+    """A torch_dist checkpoint -> the one of another layout; moments and master weights move by the weights' rules.
+
+    Everything else that it holds is taken over as it is.
+    Raises: CheckpointError, ConversionError; ConfigError when the layout does not fit.
+    """
+    model = model or checkpoint_model(checkpoint_dir)
+    _check_layout(model, parallel)
+    carried = checkpoint_dir / HF_FOLDER
+    with open_torch_dist(checkpoint_dir) as source:
+        wanted = checkpoint_shapes(checkpoint_table(model, source))
+        table = table_of(model, parallel)
+        boxes = list(_moved(source, wanted, table, parallel))
+        chunks, plans = _chunks(boxes, source, replace(care, cast=None))
+        blobs = {key: _blob(source, key) for key in source.objects if key != COMMON}
+        package = torch_dist_package(
+            checkpoint_dir,
+            chunks,
+            blobs=blobs,
+            common=_common(source),
+            described=Described(
+                model=model,
+                parallel=parallel,
+                config=read_json(carried / "config.json") if (carried / "config.json").exists() else None,
+                extra_files=carried_files(carried) if carried.is_dir() else (),
+            ),
+            max_file_bytes=care.max_file_bytes or MAX_FILE_BYTES,
+        )
+        yield Conversion(
+            package=package,
+            source=source,
+            table=table,
+            plans=plans,
+            tensors=len(source),
+            nbytes=sum(meta.nbytes for meta in source.metas.values()),
+            fingerprint=fingerprint(checkpoint_dir),
+        )
+
+
+type Box = tuple[int, str, tuple[int, ...], tuple[int, ...], TensorPlan]  # rank, key, global shape, offset, plan
+
+
+def _chunks(boxes: Iterable[Box], source: HfDirectory | TorchDistCheckpoint, care: Care) -> tuple[list[Chunk], dict]:
+    """The boxes as chunks that are read when they are written, and their plans by the names of their parts."""
+    chunks, plans = [], {}
+    for rank, key, global_shape, offset, plan in boxes:
+        chunks.append(
+            Chunk(
+                key=key,
+                global_shape=global_shape,
+                offset=offset,
+                shape=plan.shape,
+                dtype=care.cast or one_dtype(plan, source),
+                data=_watched(plan.like, reader(plan, source, cast=care.cast), care),
+                rank=rank,
+            )
+        )
+        plans[f"{key} at {list(offset)}"] = plan
+    return chunks, plans
+
+
+def _moved(
+    source: TorchDistCheckpoint, wanted: Mapping[str, tuple[int, ...]], table: Table, parallel: ParallelConfig
+) -> Iterator[Box]:
+    """Every tensor of `source` in the boxes of another layout; what no rule knows stays whole, on rank 0."""
+    moments = moments_of(source, wanted)
+    for rank, chunk in checkpoint_chunks(table, parallel):
+        for key in (chunk.key, *moments.get(chunk.key, ())):
+            plan = box_plan(key, source.meta(key).shape, chunk.offset, chunk.plan.shape)
+            yield rank, key, chunk.global_shape, chunk.offset, plan
+    for key in source.keys() - wanted.keys() - {key for keys in moments.values() for key in keys}:
+        shape, origin = source.meta(key).shape, tuple(0 for _ in source.meta(key).shape)
+        yield 0, key, shape, origin, box_plan(key, shape, origin, shape)
+
+
+def _blob(source: TorchDistCheckpoint, key: str) -> bytes:
+    chunk = source.objects[key]
+    with chunk.file.open("rb") as stream:
+        return pread_exactly(stream.fileno(), chunk.length, chunk.position, chunk.file)
+
+
+def _common(source: TorchDistCheckpoint) -> bytes:
+    if COMMON in source.objects:
+        return _blob(source, COMMON)
+    try:
+        return saved(source.common())
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{os.fspath(source.path)}: its common state cannot be taken over: {error}") from None
+
+
+def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if problems := layout_problems(model, parallel):
+        raise ConfigError(problems)
+
+
+def _exported_config(carried: Path, model: ModelConfig) -> Mapping[str, object]:
+    """The config.json that came with the weights where it still describes them, else one made from the model."""
+    file = carried / "config.json"
+    if file.exists():
+        config = read_json(file)
+        if replace(model_from_hf(config), params_dtype=model.params_dtype) == model:
+            return config
+    return model_to_hf(model)
+
+
+def _recast(config: Mapping[str, object], care: Care) -> Mapping[str, object]:
+    """A config.json that says the dtype that weights are cast to."""
+    if care.cast is None:
+        return config
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    return {**config, name: str(care.cast).removeprefix("torch.")}
+
+
+def _watched(name: str, read: Read, care: Care) -> Read:
+    """`read` as `care` asks."""
+    if care.on_bytes is None and not care.nan:
+        return read
+
+    def watching(start: int, stop: int, out: Tensor) -> None:
+        read(start, stop, out)
+        if care.nan and bool((bad := out.float().isnan()).any()):
+            raise ConversionError(f"{name}: NaN, first at element {start + int(bad.int().argmax())} of what is written")
+        if care.on_bytes:
+            care.on_bytes((stop - start) * out.itemsize)
+
+    return watching
