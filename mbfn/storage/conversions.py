@@ -23,7 +23,7 @@ from mbfn.errors import CheckpointError, ConfigError, ConversionError
 from mbfn.families import model_from_hf, model_to_hf
 from mbfn.storage.described import checkpoint_model, checkpoint_table, moments_of
 from mbfn.storage.dist_metadata import COMMON
-from mbfn.storage.dtypes import DTYPES, check_dtypes, declared_dtype
+from mbfn.storage.dtypes import DTYPES, KEPT_FP32, check_dtypes, declared_dtype, is_kept_fp32
 from mbfn.storage.hf import HfDirectory, open_hf, read_json
 from mbfn.storage.hf_shards import Declared
 from mbfn.storage.hf_write import MAX_SHARD_BYTES, carried_files, export_package
@@ -122,10 +122,11 @@ def plan_export(checkpoint_dir: Path, care: Care, model: ModelConfig | None = No
         plans = {plan.name: plan for plan in checkpoint_hf_plans(table)}
         items = [
             (
-                Declared(name=p.name, shape=p.shape, dtype=care.cast or one_dtype(p, source)),
-                _watched(p.name, reader(p, source, cast=care.cast), care),
+                Declared(name=p.name, shape=p.shape, dtype=cast or one_dtype(p, source)),
+                _watched(p.name, reader(p, source, cast=cast), care),
             )
             for p in plans.values()
+            for cast in [None if is_kept_fp32(table, p.name) else care.cast]
         ]
         if care.cast:
             model = replace(model, params_dtype=DTYPES[care.cast])
@@ -197,14 +198,15 @@ def _chunks(boxes: Iterable[Box], source: HfDirectory | TorchDistCheckpoint, car
     """The boxes as chunks that are read when they are written, and their plans by the names of their parts."""
     chunks, plans = [], {}
     for rank, key, global_shape, offset, plan in boxes:
+        cast = None if key.endswith(KEPT_FP32) else care.cast
         chunks.append(
             Chunk(
                 key=key,
                 global_shape=global_shape,
                 offset=offset,
                 shape=plan.shape,
-                dtype=care.cast or one_dtype(plan, source),
-                data=_watched(plan.like, reader(plan, source, cast=care.cast), care),
+                dtype=cast or one_dtype(plan, source),
+                data=_watched(plan.like, reader(plan, source, cast=cast), care),
                 rank=rank,
             )
         )

@@ -15,7 +15,7 @@ from mbfn.errors import ConversionError
 
 DTYPES: Mapping[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
-_KEPT_FP32 = ("router.expert_bias",)  # Megatron's own dtype for it, and that of files on the Hub
+KEPT_FP32 = ("router.expert_bias",)  # Megatron's own dtype for it, and that of files on the Hub
 
 
 def declared_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
@@ -35,7 +35,7 @@ def check_dtypes(
     wrong = []
     for name in table.hf_shapes:
         found = dtype_of(source, name)
-        kept = found == torch.float32 and any(t.rule.mc.endswith(_KEPT_FP32) for t, _ in table.uses[name])
+        kept = found == torch.float32 and is_kept_fp32(table, name)
         fits = found in DTYPES if cast else found == expected or expected is None or kept
         if not fits:
             wrong.append((name, found))
@@ -44,3 +44,8 @@ def check_dtypes(
         wanted = "a float to cast" if cast else f"{expected} by the config"
         fix = "" if cast or found not in DTYPES else f"; ask for a cast, dtype={DTYPES.get(expected, 'bf16')}"  # type: ignore[arg-type]
         raise ConversionError(f"{where}: {name}: expected {wanted}, found {found} ({len(wrong)} such){fix}")
+
+
+def is_kept_fp32(table: Table, name: str) -> bool:
+    """Whether a Hugging Face tensor is one that Megatron holds in fp32 whatever the rest is in."""
+    return any(tensor.rule.mc.endswith(KEPT_FP32) for tensor, _ in table.uses[name])

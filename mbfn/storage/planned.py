@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mbfn.convert.copies import TensorPlan, window
-from mbfn.convert.states import dtype_of, fill, one_dtype
+from mbfn.convert.copies import TensorPlan, contiguous_strides, window
+from mbfn.convert.states import dtype_of, fill
 from mbfn.storage.hf_write import Streamed
 from mbfn.storage.streams import Read
 
@@ -20,27 +21,29 @@ def streamed(plan: TensorPlan, source: Mapping[str, Tensor]) -> Streamed:
 
 def reader(plan: TensorPlan, source: Mapping[str, Tensor], *, cast: torch.dtype | None = None) -> Read:
     """`read(start, stop, out)` for a stretch of the flattened planned tensor, on request in another dtype."""
-    dtype = one_dtype(plan, source) if cast else None
-    if dtype != cast and dtype is not None:
-        return _casting(reader(plan, source), dtype)
     numel, padded = plan.numel, plan.padding > 0
+    put = fill if cast is None or _dtypes(plan, source) == {cast} else _fill_cast
 
     def read(start: int, stop: int, out: Tensor) -> None:
         if padded:
             out.zero_()
         if (start, stop) == (0, numel):
-            fill(plan, source, out)
+            put(plan, source, out)
             return
         parts = (part for copy in plan.copies for part in window(copy, "dst", (numel,), (start,), (stop,)))
-        fill(TensorPlan(plan.name, (stop - start,), tuple(parts), plan.like), source, out)
+        put(TensorPlan(plan.name, (stop - start,), tuple(parts), plan.like), source, out)
 
     return read
 
 
-def _casting(read: Read, dtype: torch.dtype) -> Read:
-    def cast(start: int, stop: int, out: Tensor) -> None:
-        own = torch.empty(stop - start, dtype=dtype)
-        read(start, stop, own)
-        out.copy_(own)
+def _dtypes(plan: TensorPlan, source: Mapping[str, Tensor]) -> set[torch.dtype]:
+    return {dtype_of(source, copy.source) for copy in plan.copies}
 
-    return cast
+
+def _fill_cast(plan: TensorPlan, source: Mapping[str, Tensor], out: Tensor) -> None:
+    """Carry out the copies one by one in the dtypes of their sources, each cast to that of `out`."""
+    for copy in plan.copies:
+        own = torch.empty(copy.shape, dtype=dtype_of(source, copy.source))
+        alone = replace(copy, dst_offset=0, dst_strides=contiguous_strides(copy.shape))
+        fill(TensorPlan(plan.name, copy.shape, (alone,), copy.source), source, own)
+        out.as_strided(copy.shape, copy.dst_strides, out.storage_offset() + copy.dst_offset).copy_(own)
