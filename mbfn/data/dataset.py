@@ -83,7 +83,8 @@ def cut(tokens: NDArray[np.unsignedinteger], run: RunConfig, *, tokenizer: Token
 
 def _tokenise(documents: Sequence[str], tokenizer: TokenizerFiles, separator: int | None, directory: Path) -> None:
     loaded = tokenizer.load()
-    dtype = np.uint16 if max(loaded.get_vocab().values()) < 1 << 16 else np.uint32
+    largest = max(*loaded.get_vocab().values(), separator or 0)  # a model's end of text may lie beyond the tokenizer's
+    dtype = np.uint16 if largest < 1 << 16 else np.uint32
     parts: list[NDArray[np.unsignedinteger]] = []
     for document in filter(None, documents):
         for batch in batched(blocks(document), _BATCH):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,12 @@ def test_a_second_run_reads_the_cache(tmp_path: Path, text: Path) -> None:
     assert np.array_equal(first.tokens, second.tokens)
     text.write_text(TEXT + "more\n")
     assert open_dataset(run).digest != first.digest
+
+
+def test_an_end_of_text_beyond_the_tokenizer(tmp_path: Path, text: Path) -> None:
+    run = make_run(tmp_path / "cache", vocab_size=70000, data={"path": str(text)})
+    run = replace(run, model=replace(run.model, eos_token_id=(69999,)))
+    assert open_dataset(run).tokens[-1] == 69999
 
 
 def test_a_directory_is_its_text_files_in_order(tmp_path: Path) -> None:
