@@ -22,6 +22,7 @@ LAYOUTS = {
     "pp2": ParallelConfig(pp=2),
     "tp2pp2": ParallelConfig(tp=2, pp=2),
     "tp2sp": ParallelConfig(tp=2, sequence_parallel=True),
+    "tp2pp2sp": ParallelConfig(tp=2, pp=2, sequence_parallel=True),
     "pp2vpp2": ParallelConfig(pp=2, vpp=2),
     "cp2": ParallelConfig(cp=2),
 }
@@ -41,9 +42,11 @@ def cases() -> dict[str, tuple[ModelConfig, dict[str, Tensor], Tensor]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_transformers(cases: Mapping, layout: str) -> None:
     parallel = LAYOUTS[layout]
-    given = {variant: case[:2] for variant, case in cases.items()}
+    whole = parallel.tp > 1 and not parallel.sequence_parallel  # experts run at tp only where the sequence is cut too
+    given = {variant: case[:2] for variant, case in cases.items() if not (whole and case[0].moe)}
+    assert given.keys() >= cases.keys() - {"gpt_oss"}
     for rank, found in enumerate(run_ranks(parallel.world_size, _all_logits, parallel, given)):
-        apart = {variant: float((found[variant] - cases[variant][2]).abs().max()) for variant in cases}
+        apart = {variant: float((found[variant] - cases[variant][2]).abs().max()) for variant in given}
         assert max(apart.values()) < 1e-4, f"rank {rank}: {apart}"
 
 
