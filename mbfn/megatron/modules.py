@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from mbfn.megatron.scores import attend
+from mbfn.megatron.scores import causal_attention, visible
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -28,7 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class Attention(MegatronModule):
     """Core attention on torch's scaled dot product: grouped queries, sliding window, exact context parallelism.
 
-    With soft caps or sinks (`softmax_type`) it is written out, which takes memory for all scores.
+    With soft caps or sinks (`softmax_type`) it is written out.
 
     With context parallelism a rank holds chunks r and 2n-1-r of the sequence ("zigzag") and gathers keys and values.
     """
@@ -57,15 +57,18 @@ class Attention(MegatronModule):
     ) -> Tensor:
         """Shapes: query (S, B, N, D), key and value (S, B, G, D) -> (S, B, N * D), S the rank's own tokens."""
         del attention_mask  # always causal
-        positions = zigzag(query.size(0) * self.cp.size(), self.cp.size(), self.cp.rank()).to(query.device)
+        positions = zigzag(query.size(0) * self.cp.size(), self.cp.size(), self.cp.rank())
         if self.cp.size() > 1:
             key, value = _whole_sequence(key, self.cp), _whole_sequence(value, self.cp)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.softcap or self.softmax_offset is not None:
-            seen, scale = _mask(positions, key.size(0), self.window), self.scale or query.size(-1) ** -0.5
-            out = attend(q, k, v, seen, scale=scale, softcap=self.softcap, sinks=self.softmax_offset)
+            scale, sinks = self.scale or query.size(-1) ** -0.5, self.softmax_offset
+            out = causal_attention(
+                q, k, v, positions, window=self.window, scale=scale, softcap=self.softcap, sinks=sinks
+            )
         else:
-            mask = _mask(positions, key.size(0), self.window) if self.cp.size() > 1 or self.window else None
+            masked = self.cp.size() > 1 or self.window
+            mask = visible(positions.to(query.device), 0, key.size(0), self.window) if masked else None
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
             )
@@ -95,13 +98,6 @@ def _whole_sequence(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
     gathered = gather_from_sequence_parallel_region(x.contiguous(), tensor_parallel_output_grad=True, group=group)
     order = torch.cat([zigzag(gathered.size(0), size, rank) for rank in range(size)])
     return gathered.index_select(0, order.argsort().to(x.device))
-
-
-def _mask(positions: Tensor, length: int, window: int | None) -> Tensor:
-    """True where a query at one of `positions` sees a key of the whole sequence."""
-    distance = positions[:, None] - torch.arange(length, device=positions.device)[None]
-    seen = distance >= 0
-    return seen & (distance < window) if window else seen
 
 
 def _sinks(config: TransformerConfig, tp: int) -> torch.nn.Parameter | None:
