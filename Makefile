@@ -14,7 +14,7 @@ train: setup
 	$(BIN)/python -m mbfn.train $(ARGS)
 
 test: lint
-	TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+	TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .
