@@ -13,6 +13,7 @@ from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_SCORE_BLOCK = 1024  # queries that mbfn.megatron.scores takes at a time
 _BLOCK_SCALES = 1 + 4 / 128  # blockwise FP8 keeps a float for every 128 values
 
 
@@ -62,7 +63,7 @@ def attention_saved(run: RunConfig) -> Saved:
         output += local * queries
     statistics = local * model.num_attention_heads * 4
     kept = _norm(run) + _norm_after(run) + rotated + before_norms + output + statistics + _scores(run)
-    return Saved(kept=kept, transient=2 * rotated)
+    return Saved(kept=kept, transient=2 * rotated + _score_block(run))
 
 
 def mlp_saved(run: RunConfig, kernels: Kernels) -> Saved:
@@ -143,11 +144,19 @@ def _norm(run: RunConfig) -> float:
 
 
 def _scores(run: RunConfig) -> float:
-    """Attention that is not fused keeps matrices of scores: fp32 has no fused one, soft caps are written out."""
-    matrix = tokens(run) * run.train.seq_length * run.model.num_attention_heads / run.parallel.tp
-    if run.model.attn_logit_softcapping:
-        return matrix * (3 * 4 + BYTES[run.precision.params])  # scores before and after the cap, weights in two formats
-    return matrix * 4 if run.precision.params == "fp32" else 0.0
+    """Attention that is not fused keeps a matrix of scores: fp32 has no fused one. Soft-capped scores are made again."""
+    if run.precision.params != "fp32" or run.model.attn_logit_softcapping:
+        return 0.0
+    return tokens(run) * run.train.seq_length * run.model.num_attention_heads / run.parallel.tp * 4
+
+
+def _score_block(run: RunConfig) -> float:
+    """Soft-capped attention works on a block of queries at a time: scores before and after the cap, weights twice."""
+    if not run.model.attn_logit_softcapping:
+        return 0.0
+    queries = min(_SCORE_BLOCK, run.train.seq_length / run.parallel.cp) * run.train.micro_batch_size
+    matrix = queries * run.train.seq_length * run.model.num_attention_heads / run.parallel.tp
+    return matrix * (3 * 4 + BYTES[run.precision.params])
 
 
 def _norm_after(run: RunConfig) -> float:

@@ -122,8 +122,9 @@ def test_a_plan_of_one_dense_model_grows_with_what_its_layers_keep() -> None:
     plain = replace(gemma, sandwich_norms=False, attn_logit_softcapping=0.0)
     held = [stage_memory(_run(model, ParallelConfig()))[0].activations for model in (gemma, plain)]
     norms = 2 * 4096 * gemma.hidden_size * 2
-    scores = 4096 * 4096 * gemma.num_attention_heads * (3 * 4 + 2)
-    assert held[0] - held[1] == gemma.num_layers * (norms + scores)
+    assert held[0] - held[1] == gemma.num_layers * norms
+    peaks = [stage_memory(_run(model, ParallelConfig()))[0].temporary for model in (gemma, plain)]
+    assert peaks[0] >= peaks[1]  # a block of soft-capped scores
 
 
 @pytest.mark.parametrize(
