@@ -144,7 +144,7 @@ def _norm(run: RunConfig) -> float:
 
 
 def _scores(run: RunConfig) -> float:
-    """Attention that is not fused keeps a matrix of scores: fp32 has no fused one. Soft-capped scores are made again."""
+    """Attention that is not fused, as in fp32, keeps its scores; soft-capped scores are made again."""
     if run.precision.params != "fp32" or run.model.attn_logit_softcapping:
         return 0.0
     return tokens(run) * run.train.seq_length * run.model.num_attention_heads / run.parallel.tp * 4
