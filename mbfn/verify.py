@@ -1,12 +1,12 @@
-"""`python -m mbfn.verify`: that a conversion is right. Bits against bits, and logits against transformers."""
+"""`python -m mbfn.verify`: that weights are whole and a conversion is right, bit for bit and logit for logit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mbfn.config.compose import RunContext, hydra_main
 from mbfn.config.parallel import ParallelConfig
@@ -15,65 +15,120 @@ from mbfn.errors import ConfigError, ConversionError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mbfn.config.model import ModelConfig
+    from mbfn.storage.compare import Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyConfig:
-    """What to verify. `hf` alone: the round trip through every rank of `parallel`; with `megatron`: that checkpoint."""
+    """What to verify: a Hugging Face directory, a Megatron checkpoint, or that the two hold the same weights.
 
-    hf: str
+    `hf` alone: also the round trip through every rank of `parallel`.
+    """
+
+    hf: str | None = None
     megatron: str | None = None
+    config: str | None = None  # for a checkpoint alone that does not describe its model: where a config.json does
     parallel: ParallelConfig = ParallelConfig()
-    logits: bool = False  # run both models in fp32 on the CPU; needs memory for both
+    digests: bool = False  # print the CRC-32 of every tensor, as Hugging Face has it
+    nan: bool = False  # stop at the first NaN
+    logits: bool = False  # run both models in fp32 on the CPU, layer by layer; needs hf, and memory for both
     tokens: int = 64  # length of the sequence that both read
     tolerance: float = 1e-4  # largest difference of two logits
 
     def __post_init__(self) -> None:
+        problems = []
+        if self.hf is None and self.megatron is None:
+            problems.append(("hf", "give hf=DIR, megatron=DIR or both"))
+        if self.logits and self.hf is None:
+            problems.append(("logits", "transformers needs the Hugging Face directory: give hf=DIR"))
         if self.tokens < 1:
-            raise ConfigError([("tokens", f"expected at least 1, got {self.tokens}")])
+            problems.append(("tokens", f"expected at least 1, got {self.tokens}"))
+        if problems:
+            raise ConfigError(problems)
 
 
 def verify(config: VerifyConfig, context: RunContext) -> None:
     """Print what is equal.
 
-    Raises: ConversionError naming the tensors, or the logits, that are not.
+    Raises: ConversionError naming the tensors, the layer or the logits that are not; CheckpointError for changed bytes.
     """
     del context
-    hf_dir = Path(config.hf).expanduser()
+    hf_dir = Path(config.hf).expanduser() if config.hf else None
     checkpoint = Path(config.megatron).expanduser() if config.megatron else None
-    _verify_weights(hf_dir, checkpoint, config.parallel)
-    if config.logits:
+    for directory in filter(None, (hf_dir, checkpoint)):
+        _verify_bytes(directory)
+    with ExitStack() as stack:
+        sides = _sides(hf_dir, checkpoint, config, stack)
+        if config.nan or config.digests:
+            _print_digests(sides[-1], config)
+        _compare(sides, config.parallel)
+    if config.logits and hf_dir:
         _verify_logits(hf_dir, checkpoint, config)
 
 
-def _verify_weights(hf_dir: Path, checkpoint: Path | None, parallel: ParallelConfig) -> None:
-    from mbfn.convert.plans import Layout
-    from mbfn.convert.states import check_hf
-    from mbfn.convert.table import table_of
-    from mbfn.families import model_from_hf
-    from mbfn.storage import open_hf, open_torch_dist
-    from mbfn.storage.compare import compare_checkpoint, compare_round_trip
-    from mbfn.storage.described import checkpoint_table
+def _verify_bytes(directory: Path) -> None:
+    from mbfn.storage import check_digests
 
-    model = model_from_hf(hf_dir)
-    with open_hf(hf_dir) as hf:
-        table = table_of(model, parallel)
-        check_hf(table, hf, str(hf_dir))
-        if checkpoint is None:
-            found = list(compare_round_trip(hf, table, Layout(parallel=parallel)))
-            where = f"after the round trip over {parallel.world_size} ranks"
-        else:
-            with open_torch_dist(checkpoint) as stored:
-                found = list(compare_checkpoint(hf, stored, checkpoint_table(model, stored)))
-            where = f"in {checkpoint}"
-        differences = [str(difference) for difference in found if difference is not None]
-        if differences:
-            rest = [f"... and {len(differences) - 8} more"] if len(differences) > 8 else []
-            raise ConversionError("\n".join(f"{where}: {line}" for line in [*differences[:8], *rest]))
-        print(f"weights: {len(found)} tensors, {hf.nbytes / 1e9:.2f} GB, bitwise equal {where}")
+    if count := check_digests(directory):
+        print(f"bytes: {count} parts of {directory} are as they were written")
+
+
+def _sides(hf_dir: Path | None, checkpoint: Path | None, config: VerifyConfig, stack: ExitStack) -> list[Side]:
+    """The weights of each directory as Hugging Face tensors, names and shapes checked."""
+    from mbfn.families import model_from_hf
+    from mbfn.storage.compare import checkpoint_side, hf_side
+    from mbfn.storage.described import checkpoint_model
+
+    named = Path(config.config).expanduser() if config.config else hf_dir
+    sides = []
+    if hf_dir:
+        sides.append(stack.enter_context(hf_side(hf_dir, model_from_hf(hf_dir), config.parallel)))
+    if checkpoint:
+        model = model_from_hf(named) if named else checkpoint_model(checkpoint)
+        sides.append(stack.enter_context(checkpoint_side(checkpoint, model)))
+    return sides
+
+
+def _print_digests(side: Side, config: VerifyConfig) -> None:
+    from mbfn.storage.compare import tensor_digests
+
+    for digest in tensor_digests(side, nan=config.nan):
+        if config.digests:
+            print(f"{digest.crc:08x}  {str(digest.dtype).removeprefix('torch.')} {list(digest.shape)}  {digest.name}")
+
+
+def _compare(sides: list[Side], parallel: ParallelConfig) -> None:
+    from mbfn.convert.plans import Layout
+    from mbfn.storage.compare import compare_round_trip, compare_sides
+
+    first = sides[0]
+    size = f"{len(first.plans)} tensors, {first.nbytes / 1e9:.2f} GB"
+    if len(sides) == 2:
+        found, where = list(compare_sides(*sides)), f"in {sides[1].path}"
+    elif first.is_hf:
+        found = list(compare_round_trip(first.source, first.table, Layout(parallel=parallel)))
+        where = f"after the round trip over {parallel.world_size} ranks"
+    else:
+        print(f"weights: {size}, every key of {first.path} mapped")
+        return
+    differences = [str(difference) for difference in found if difference is not None]
+    if differences:
+        rest = [f"... and {len(differences) - 8} more"] if len(differences) > 8 else []
+        raise ConversionError("\n".join(f"{where}: {line}" for line in [*differences[:8], *rest]))
+    print(f"weights: {size}, bitwise equal {where}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """What a model made of one sequence."""
+
+    logits: Tensor  # (1, S, V)
+    layers: list[Tensor] = field(
+        default_factory=list
+    )  # what the first layer reads and each layer gives, any axis order
 
 
 def _verify_logits(hf_dir: Path, checkpoint: Path | None, config: VerifyConfig) -> None:
@@ -86,36 +141,77 @@ def _verify_logits(hf_dir: Path, checkpoint: Path | None, config: VerifyConfig) 
     model = model_from_hf(hf_dir)
     length = min(config.tokens, model.max_position_embeddings)
     tokens = torch.randint(model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    transformers.logging.disable_progress_bar()
-    reference = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = reference(tokens).logits
-    del reference
+    expected = _transformers(hf_dir, tokens)
     with _weights_fp32(hf_dir, checkpoint, model) as weights:
-        found = megatron_logits(model, weights, tokens)
-    difference = float((found - expected).abs().max())
-    agree = int((found.argmax(-1) == expected.argmax(-1)).sum())
+        found = _megatron(model, weights, tokens)
+    difference = float((found.logits - expected.logits).abs().max())
+    agree = int((found.logits.argmax(-1) == expected.logits.argmax(-1)).sum())
     line = f"logits: {length} tokens, largest difference {difference:.1e}, the same next token at {agree} of {length}"
     if not difference <= config.tolerance:
-        raise ConversionError(f"{line}; expected at most {config.tolerance:.1e}")
+        where = _first_difference(expected.layers, found.layers, config.tolerance)
+        raise ConversionError(f"{line}; expected at most {config.tolerance:.1e}; {where}")
     print(f"{line} (fp32; transformers {transformers.__version__})")
+
+
+def _first_difference(expected: list[Tensor], found: list[Tensor], tolerance: float) -> str:
+    """Where two runs part, in words. Shapes: transformers (1, S, H), Megatron (S, 1, H)."""
+    for number, (here, there) in enumerate(zip(expected, found, strict=True)):
+        scale = max(1.0, float(here.abs().max()))
+        difference = float((here[0] - there[:, 0]).abs().max()) / scale
+        if not difference <= tolerance:
+            return f"{f'layer {number - 1}' if number else 'the embedding'} is the first to differ, by {difference:.1e}"
+    return "all layers agree, so the final norm or the output layer differs"
+
+
+def _transformers(hf_dir: Path, tokens: Tensor) -> Activations:
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    with torch.no_grad(), _recorded(reference.base_model.layers) as layers:
+        return Activations(logits=reference(tokens).logits, layers=layers)
+
+
+def _megatron(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor) -> Activations:
+    from mbfn import megatron
+
+    def run(world: Any, chunks: Any) -> Activations:
+        with _recorded(chunks[0].decoder.layers) as layers:
+            return Activations(logits=megatron.logits(world, chunks, tokens), layers=layers)
+
+    return _with_megatron(model, weights, tokens.shape[1], run)
+
+
+@contextmanager
+def _recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What the first of `layers` reads, then what each gives."""
+    found: list[Tensor] = []
+
+    def reads(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def gives(_: nn.Module, __: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    handles = [layers[0].register_forward_pre_hook(reads, with_kwargs=True)]
+    handles += [layer.register_forward_hook(gives) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def _weights_fp32(hf_dir: Path, checkpoint: Path | None, model: ModelConfig) -> Iterator[Mapping[str, Tensor]]:
     """Hugging Face tensors in fp32, from the checkpoint where there is one."""
-    from mbfn.convert.plans import checkpoint_hf_plans
     from mbfn.convert.states import PlannedState
-    from mbfn.storage import open_hf, open_torch_dist
-    from mbfn.storage.described import checkpoint_table
+    from mbfn.storage.compare import checkpoint_side, hf_side
 
-    if checkpoint is None:
-        with open_hf(hf_dir) as hf:
-            yield {name: hf[name].float() for name in hf}
-        return
-    with open_torch_dist(checkpoint) as stored:
-        plans = {plan.name: plan for plan in checkpoint_hf_plans(checkpoint_table(model, stored))}
-        state = PlannedState(plans, stored)
+    opened = checkpoint_side(checkpoint, model) if checkpoint else hf_side(hf_dir, model, ParallelConfig())
+    with opened as side:
+        state = PlannedState(side.plans, side.source)
         yield {name: state[name].float() for name in state}
 
 
@@ -125,15 +221,23 @@ def megatron_logits(model: ModelConfig, weights: Mapping[str, Tensor], tokens: T
     Shapes: tokens (B, S) -> (B, S, V)
     """
     from mbfn import megatron
+
+    return _with_megatron(model, weights, tokens.shape[1], lambda world, chunks: megatron.logits(world, chunks, tokens))
+
+
+def _with_megatron[T](
+    model: ModelConfig, weights: Mapping[str, Tensor], length: int, use: Callable[[Any, Any], T]
+) -> T:
+    from mbfn import megatron
     from mbfn.config.run import RunConfig
     from mbfn.config.train import TrainConfig
     from mbfn.convert import to_megatron
 
-    train = TrainConfig(global_batch_size=1, micro_batch_size=1, seq_length=tokens.shape[1])
+    train = TrainConfig(global_batch_size=1, micro_batch_size=1, seq_length=length)
     run = RunConfig(model=replace(model, params_dtype="fp32"), train=train)
     with megatron.open_world(run.parallel, device="cpu") as world:
         chunks = megatron.build_model(run, world, to_megatron(weights, run.model, parallel=run.parallel))
-        return megatron.logits(world, chunks, tokens)
+        return use(world, chunks)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mbfn.config.model import ModelConfig
+from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.copies import Copy, TensorPlan
 from mbfn.convert.plans import Layout, checkpoint_hf_plans, hf_plans, rank_plans
-from mbfn.convert.states import PlannedState, RankStates, dtype_of, one_dtype
-from mbfn.convert.table import Table
+from mbfn.convert.states import PlannedState, RankStates, check_hf, dtype_of, one_dtype
+from mbfn.convert.table import Table, table_of
+from mbfn.errors import ConversionError
+from mbfn.storage.described import checkpoint_table
+from mbfn.storage.hf import open_hf
 from mbfn.storage.planned import reader
 from mbfn.storage.regions import BITS
 from mbfn.storage.streams import pieces
+from mbfn.storage.torch_dist import open_torch_dist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +37,61 @@ class Difference:
         return f"{self.name}: {self.text}"
 
 
-def compare_checkpoint(
-    hf: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor], table: Table
-) -> Iterator[Difference | None]:
-    """For every Hugging Face tensor, how its weights in a Megatron checkpoint differ; None where they do not."""
-    for plan in checkpoint_hf_plans(table):
-        yield _compare(hf, plan, checkpoint)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A directory's weights as Hugging Face tensors, whatever it holds them as."""
+
+    path: Path
+    table: Table
+    source: Mapping[str, Tensor]
+    plans: Mapping[str, TensorPlan]
+    is_hf: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(plan.numel * dtype_of(self.source, plan.like).itemsize for plan in self.plans.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """One tensor in short."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    crc: int  # of its bytes
+
+
+@contextmanager
+def hf_side(path: Path, model: ModelConfig, parallel: ParallelConfig) -> Iterator[Side]:
+    """The weights of a Hugging Face directory.
+
+    Raises: ConversionError for names or shapes that do not match the model.
+    """
+    with open_hf(path) as source:
+        table = table_of(model, parallel)
+        check_hf(table, source, str(path))
+        plans = {name: _whole(name, shape) for name, shape in table.hf_shapes.items()}
+        yield Side(path=path, table=table, source=source, plans=plans, is_hf=True)
+
+
+@contextmanager
+def checkpoint_side(path: Path, model: ModelConfig) -> Iterator[Side]:
+    """The weights of a torch_dist checkpoint.
+
+    Raises: ConversionError for keys or shapes that do not match the model.
+    """
+    with open_torch_dist(path) as source:
+        table = checkpoint_table(model, source)
+        plans = {plan.name: plan for plan in checkpoint_hf_plans(table)}
+        yield Side(path=path, table=table, source=source, plans=plans, is_hf=False)
+
+
+def compare_sides(left: Side, right: Side) -> Iterator[Difference | None]:
+    """For every tensor, how the two differ; None where they do not."""
+    for name, plan in left.plans.items():
+        yield _compare(plan, left.source, right.plans[name], right.source)
 
 
 def compare_round_trip(hf: Mapping[str, Tensor], table: Table, layout: Layout) -> Iterator[Difference | None]:
@@ -41,26 +99,43 @@ def compare_round_trip(hf: Mapping[str, Tensor], table: Table, layout: Layout) -
     ranks = range(layout.parallel.world_size)
     states = {rank: PlannedState(rank_plans(table, layout, rank), hf) for rank in ranks}
     for plan in hf_plans(table, layout, ranks):
-        yield _compare(hf, plan, RankStates(states))
+        yield _compare(_whole(plan.name, plan.shape), hf, plan, RankStates(states))
 
 
-def _compare(hf: Mapping[str, Tensor], plan: TensorPlan, other: Mapping[str, Tensor]) -> Difference | None:
-    expected, found = dtype_of(hf, plan.name), one_dtype(plan, other)
+def tensor_digests(side: Side, *, nan: bool = False) -> Iterator[Digest]:
+    """The digest of every tensor, the same for the same weights wherever they lie.
+
+    Raises: with `nan`, ConversionError naming the first tensor that holds one.
+    """
+    for plan in side.plans.values():
+        dtype, read, crc = one_dtype(plan, side.source), reader(plan, side.source), 0
+        for start, stop in pieces(plan.shape, dtype.itemsize):
+            part = torch.empty(stop - start, dtype=dtype)
+            read(start, stop, part)
+            if nan and bool((bad := part.float().isnan()).any()):
+                raise ConversionError(f"{side.path}: {plan.name}: NaN at element {start + int(bad.int().argmax())}")
+            crc = zlib.crc32(part.view(torch.uint8).numpy(), crc)
+        yield Digest(name=plan.name, shape=plan.shape, dtype=dtype, crc=crc)
+
+
+def _compare(
+    plan: TensorPlan, source: Mapping[str, Tensor], other_plan: TensorPlan, other: Mapping[str, Tensor]
+) -> Difference | None:
+    expected, found = one_dtype(plan, source), one_dtype(other_plan, other)
     if expected != found:
         return Difference(name=plan.name, text=f"expected {expected}, found {found}")
-    here = reader(TensorPlan(plan.name, plan.shape, (_whole(plan),), plan.name), hf)
-    there = reader(plan, other)
-    differing = 0
+    here, there = reader(plan, source), reader(other_plan, other)
+    differing, bits = 0, BITS[expected.itemsize]
     for start, stop in pieces(plan.shape, expected.itemsize):
         left, right = (torch.empty(stop - start, dtype=expected) for _ in range(2))
         here(start, stop, left)
         there(start, stop, right)
-        bits = BITS[expected.itemsize]
         differing += int((left.view(bits) != right.view(bits)).sum())
     if differing:
         return Difference(name=plan.name, text=f"{differing} of {plan.numel} elements differ")
     return None
 
 
-def _whole(plan: TensorPlan) -> Copy:
-    return Copy(plan.name, (plan.numel,), 0, (1,), 0, (1,))
+def _whole(name: str, shape: tuple[int, ...]) -> TensorPlan:
+    numel = torch.Size(shape).numel()
+    return TensorPlan(name, shape, (Copy(name, (numel,), 0, (1,), 0, (1,)),), name)

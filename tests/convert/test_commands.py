@@ -65,7 +65,9 @@ def test_to_megatron_and_back_is_the_same_directory(hf_dir: Path, checkpoint: Pa
 def test_verify_shows_bits_and_logits(hf_dir: Path, checkpoint: Path) -> None:
     found = command("verify", f"hf={hf_dir}", f"megatron={checkpoint}", "logits=true")
     assert (found.returncode, found.stderr) == (0, "")
-    weights, logits = found.stdout.splitlines()
+    written, weights, logits = found.stdout.splitlines()
+    assert written.startswith("bytes: ")
+    assert written.endswith(f" parts of {checkpoint} are as they were written")
     assert weights == f"weights: 47 tensors, 0.00 GB, bitwise equal in {checkpoint}"
     assert "the same next token at 64 of 64" in logits
 
