@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def box(out: Path) -> Path:
 WRITER = """
 import sys, time
 from tests.storage.test_resume import package, slowly, write_package, Effort
-write_package(sys.argv[1], slowly(package()), source="s", effort=Effort(threads=2))
+write_package(sys.argv[1], slowly(package(files=30)), source="s", effort=Effort(threads=2))
 """
 
 
@@ -106,30 +107,65 @@ def slowly(whole: Package) -> Package:
     return replace(whole, files=tuple(files))
 
 
-def test_a_kill_at_any_moment_costs_unfinished_files_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("over_another", [False, True])
+def test_a_kill_at_any_moment_costs_unfinished_files_alone(tmp_path: Path, over_another: bool) -> None:
+    """And until all is there, what stood before stays whole."""
     expected = tmp_path / "expected"
-    write_package(expected, package(), source="s", effort=Effort())
-    out, finished_ever = tmp_path / "out", 0
-    for trial in range(4):
+    write_package(expected, package(files=30), source="s", effort=Effort())
+    out, times = tmp_path / "out", {}
+    if over_another:
+        write_package(out, package(files=40, size=500), source="older", effort=Effort())
+    older = contents(out) if over_another else None
+    for trial in range(3):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(out)], cwd=Path(__file__).parents[2])
-        while not list(tmp_path.glob(".out.part-*/journal/f*.json")) and process.poll() is None:
+        while len(finished(out)) <= len(times) and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(random.Random(trial).random() * 0.1)
+        time.sleep(random.Random(trial).random() * 0.06)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if out.exists():
-            break
-        noted = {file.name.removesuffix(".json") for file in (box(out) / "journal").glob("f*.json")}
-        before = {name: (box(out) / "out" / name).stat().st_mtime_ns for name in noted}
-        finished_ever = max(finished_ever, len(noted))
-        assert len(noted) >= min(trial + 1, 6), "each run finishes more"
-        after = {name: (box(out) / "out" / name).stat().st_mtime_ns for name in noted}
-        assert after == before
-    last = write_package(out, package(), source="s", effort=Effort())
-    assert last.whole
-    assert len(last.kept) >= finished_ever > 0
+        if not list(tmp_path.glob(".out.part-*/journal")):
+            break  # it was done before the kill
+        assert (contents(out) if out.exists() else None) == older
+        assert times.items() <= finished(out).items(), "a finished file is not touched again"
+        times = finished(out)
+    else:
+        last = write_package(out, package(files=30), source="s", effort=Effort())
+        assert last.whole
+        assert {*last.kept} == times.keys()
+        assert len(times) > 2
     assert contents(out) == contents(expected)
     assert {entry.name for entry in tmp_path.iterdir()} == {"expected", "out"}
+
+
+def finished(out: Path) -> dict[str, int]:
+    """The files that have their notes, and when they were last written."""
+    notes = out.parent.glob(f".{out.name}.part-*/journal/f*.json")
+    return {note.stem: (note.parents[1] / "out" / note.stem).stat().st_mtime_ns for note in notes}
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    def body() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        write_package(tmp_path / "out", package(), source="s", effort=Effort())
+
+    child = os.fork()
+    if child == 0:
+        try:
+            body()
+        except CheckpointError as error:
+            os._exit(0 if "disk is full or its quota reached; nothing was left there" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_not_ours_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("important")
+    with pytest.raises(CheckpointError, match=r"holds thesis.txt, which mbfn did not write"):
+        write_package(tmp_path / "out", package(), source="s", effort=Effort())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def interrupted(out: Path) -> Path:
@@ -197,6 +233,17 @@ def test_shares_divide_the_files_and_the_last_one_joins_them(tmp_path: Path, hf_
     for file in whole.glob("*.distcp"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
     assert check_digests(tmp_path / "out") == check_digests(whole)
+
+
+def test_no_stale_shards(tmp_path: Path, hf_dir: Path) -> None:
+    hf_to_checkpoint(hf_dir, tmp_path / "m", TP2PP2)
+    for limit, count in ((50_000, 10), (10**6, 1)):
+        checkpoint_to_hf(tmp_path / "m", tmp_path / "out", care=Care(max_file_bytes=limit))
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) >= count
+        assert (tmp_path / "out/model.safetensors.index.json").exists() == (count > 1)
+        with open_hf(tmp_path / "out") as hf:
+            assert len(hf) == 39
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_shares_are_even() -> None:
