@@ -24,7 +24,7 @@ from mbfn.config.groups import conf_dir
         ("python -m mbfn.train schedule.decay=co", ["constant", "cosine"]),
         ("python -m mbfn.train log.curve=", ["false", "true"]),
         ("python -m mbfn.plan device=", ["b200", "gb200", "h100", "h200"]),
-        ("python -m mbfn.convert par", ["parallel.", "parallel="]),
+        ("python -m mbfn.convert para", ["parallel.", "parallel="]),
         ("python -m mbfn.train train.steps=", []),
         ("python -m mbfn.nothing mod", []),
         ("python other.py mod", []),
