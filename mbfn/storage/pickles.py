@@ -12,6 +12,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,6 @@ class _Reader(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._storage = storage
         self._known = known
-        self._records: dict[Global, type[Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         pickled = Global(module, name)
@@ -99,10 +99,16 @@ class _Reader(pickle.Unpickler):
             return self._known[pickled]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        return self._records.setdefault(pickled, type(name, (Record,), {"pickled": pickled}))
+        return _record(pickled)
 
     def persistent_load(self, pid: Any) -> Any:
         return self._storage(pid)
+
+
+@cache
+def _record(pickled: Global) -> type[Record]:
+    """The stand-in for a class."""
+    return type(pickled.name, (Record,), {"pickled": pickled})
 
 
 _KNOWN: Mapping[Global, Any] = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbfn.convert.copies import Copy, window
+from mbfn.convert.copies import Copy, contiguous_strides, window
 from mbfn.errors import CheckpointError
 from mbfn.storage.dist_metadata import BACKEND, COMMON, ChunkMeta, GlobalMeta, read_metadata
 from mbfn.storage.hf import read_json
@@ -39,7 +39,7 @@ class TorchDistCheckpoint(Mapping[str, Tensor]):
         self._fds: dict[Path, int] = {}
         self._archives: dict[ChunkMeta, TensorMeta] = {}
         self._lock = threading.Lock()
-        self._rows = {key: _leading_ranges(meta) for key, meta in metas.items()}
+        self._ranges = {key: _flat_ranges(meta) for key, meta in metas.items()}
         self._finalizer = weakref.finalize(self, _close, self._fds)
         try:
             for file in {chunk.file for meta in metas.values() for chunk in meta.chunks}:
@@ -84,9 +84,8 @@ class TorchDistCheckpoint(Mapping[str, Tensor]):
         last = copy.src_offset + span(copy.shape, copy.src_strides) - 1
         if copy.src_offset < 0 or last >= math.prod(meta.shape):
             raise ValueError(f"{copy}: leaves its source of shape {meta.shape}")
-        row = math.prod(meta.shape[1:])
-        starts, stops = self._rows[copy.source]
-        for index in np.flatnonzero((starts <= last // row) & (stops > copy.src_offset // row)):
+        firsts, lasts = self._ranges[copy.source]
+        for index in np.flatnonzero((firsts <= last) & (lasts >= copy.src_offset)):
             chunk = meta.chunks[index]
             end = tuple(a + b for a, b in zip(chunk.offset, chunk.shape, strict=True))
             yield from ((chunk, part) for part in window(copy, "src", meta.shape, chunk.offset, end))
@@ -178,10 +177,13 @@ def open_torch_dist(path: str | os.PathLike[str]) -> TorchDistCheckpoint:
     return TorchDistCheckpoint(root, *read_metadata(root))
 
 
-def _leading_ranges(meta: GlobalMeta) -> tuple[np.ndarray, np.ndarray]:
-    """First and last-plus-one index of every chunk along the first axis."""
-    starts = np.array([chunk.offset[0] if chunk.offset else 0 for chunk in meta.chunks], dtype=np.int64)
-    return starts, starts + [chunk.shape[0] if chunk.shape else 1 for chunk in meta.chunks]
+def _flat_ranges(meta: GlobalMeta) -> tuple[np.ndarray, np.ndarray]:
+    """Flat places of every chunk's first and last element in its tensor."""
+    strides = np.array(contiguous_strides(meta.shape), dtype=np.int64)
+    count = len(meta.chunks), len(meta.shape)
+    firsts = np.array([chunk.offset for chunk in meta.chunks], dtype=np.int64).reshape(count)
+    sizes = np.array([chunk.shape for chunk in meta.chunks], dtype=np.int64).reshape(count)
+    return firsts @ strides, (firsts + sizes - 1) @ strides
 
 
 def _close(fds: dict[Path, int]) -> None:

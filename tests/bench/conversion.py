@@ -1,9 +1,9 @@
 """Conversion beside copying the files: wall time, CPU time, peak anonymous memory, bytes read.
 
-    python -m tests.bench.conversion [model=llama32_1b] [dir=/tmp/mbfn-bench] [repeat=3]
+    python -m tests.bench.conversion [model=llama32_1b|llama32_3b|moe_1gb] [dir=/tmp/mbfn-bench] [repeat=3]
 
 Every act runs in a process of its own, in turn, `repeat` times; the medians and their ratios to the copy are printed.
-Nothing is asserted.
+`by hand` is what a script does: every tensor loaded, fused and saved whole. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ACTS = {
     "imports": "None",
     "copy": "copy_tree(source, target)",
+    "by hand, tp1": "by_hand(source, target)",
     "hf -> megatron tp1": "convert(source, target, 'single')",
     "hf -> megatron tp2pp2": "convert(source, target, 'tp2pp2')",
     "megatron -> hf": "back(checkpoint, target)",
@@ -35,8 +36,9 @@ def main() -> None:
     """Make the synthetic directory, run every act, print the table."""
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     root = Path(options.get("dir", "/tmp/mbfn-bench"))
-    source, checkpoint, target = root / "hf", root / "megatron", root / "out"
-    make_source(options.get("model", "llama32_1b"), source)
+    model = options.get("model", "llama32_1b")
+    source, checkpoint, target = root / model, root / f"{model}-megatron", root / "out"
+    make_source(model, source)
     size = sum(file.stat().st_size for file in source.iterdir())
     run("convert(source, target, 'tp2pp2')", source, checkpoint, checkpoint)
     rows = {}
@@ -69,7 +71,26 @@ def make_source(model_name: str, target: Path) -> None:
     import mbfn
 
     if not target.exists():
-        write_noise(mbfn.compose(f"model={model_name}").model, target)
+        write_noise(mixture() if model_name == "moe_1gb" else mbfn.compose(f"model={model_name}").model, target)
+
+
+def mixture() -> ModelConfig:
+    """A Qwen3-MoE of 1 GB: 3,072 expert tensors of half a megabyte."""
+    from mbfn.config.model import ModelConfig, MoEConfig
+
+    return ModelConfig(
+        family="qwen3_moe",
+        num_layers=16,
+        hidden_size=1024,
+        ffn_hidden_size=2048,
+        num_attention_heads=16,
+        num_query_groups=4,
+        kv_channels=64,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        qk_layernorm=True,
+        moe=MoEConfig(num_moe_experts=32, moe_router_topk=4, moe_ffn_hidden_size=256),
+    )
 
 
 def write_noise(model: ModelConfig, target: Path) -> None:
@@ -140,6 +161,28 @@ def convert(source: Path, target: Path, parallel: str) -> None:
     from mbfn.storage.jobs import hf_to_checkpoint
 
     hf_to_checkpoint(source, target, mbfn.compose(f"parallel={parallel}", "train.global_batch_size=64").parallel)
+
+
+def by_hand(source: Path, target: Path) -> None:
+    """The fewest lines that give fused q/k/v and gate/up, in memory, then one file."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((source / "config.json").read_text())
+    groups = config["num_key_value_heads"]
+    hf = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    out = {}
+    for name, tensor in hf.items():
+        if name.endswith("q_proj.weight"):
+            parts = [hf[name.replace("q_proj", f"{x}_proj")].unflatten(0, (groups, -1)) for x in "qkv"]
+            out[name.replace("q_proj", "linear_qkv")] = torch.cat(parts, 1).flatten(0, 1)
+        elif name.endswith("gate_proj.weight"):
+            out[name.replace("gate_proj", "linear_fc1")] = torch.cat([tensor, hf[name.replace("gate_proj", "up_proj")]])
+        elif not name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight")):
+            out[name] = tensor
+    target.mkdir()
+    save_file(out, target / "model.safetensors")
+    subprocess.run(["sync", "-f", target / "model.safetensors"], check=True)
 
 
 def back(checkpoint: Path, target: Path) -> None:
