@@ -24,7 +24,7 @@ from mbfn.storage.dist_metadata import BACKEND, COMMON, Placed, by_key, check_co
 from mbfn.storage.parts import Crcs, OutFile, Package, Part
 from mbfn.storage.resume import write_files
 from mbfn.storage.streams import Read
-from mbfn.storage.zips import TensorArchive, tensor_archive
+from mbfn.storage.zips import TensorArchive, tensor_archive, value_archive
 
 HF_FOLDER = "hf"
 MAX_FILE_BYTES = 2 << 30  # what a killed conversion does again, at most, and what one worker takes
@@ -168,10 +168,13 @@ def _check(chunks: Sequence[Chunk], path: Path) -> None:
 
 
 def saved(value: Any) -> bytes:
-    """The torch.save archive of an object of a checkpoint."""
-    stream = io.BytesIO()
-    torch.save([value], stream)
-    return stream.getvalue()
+    """The torch.save archive of an object of a checkpoint; torch, slow to start, makes it of what is no plain value."""
+    try:
+        return value_archive([value])
+    except TypeError:
+        stream = io.BytesIO()
+        torch.save([value], stream)
+        return stream.getvalue()
 
 
 def _place(

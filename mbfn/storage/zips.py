@@ -11,11 +11,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mbfn.errors import CheckpointError
-from mbfn.storage.pickles import tensor_pickle
+from mbfn.storage.pickles import dumps, tensor_pickle
 from mbfn.storage.regions import pread_exactly
 
 _LARGE = 0xFFFFFFFF  # a 32-bit field that says: see the zip64 one
@@ -64,8 +65,26 @@ class TensorArchive:
 
 def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> TensorArchive:
     """The archive that torch.save makes of a contiguous CPU tensor, with its data as the last record."""
+    head, small = _records(tensor_pickle(shape, dtype))
+    place, nbytes = len(head), math.prod(shape) * dtype.itemsize
+    head += _local("archive/data/0", place, nbytes)
+    return TensorArchive(head=head, nbytes=nbytes, small=small, place=place)
+
+
+def value_archive(value: Any) -> bytes:
+    """What torch.save makes of plain values without a tensor.
+
+    Raises: TypeError for any other value.
+    """
+    head, small = _records(dumps(value))
+    directory = b"".join(_central(*entry) for entry in small)
+    return head + directory + _end(len(small), len(directory), len(head))
+
+
+def _records(pickled: bytes) -> tuple[bytes, tuple[tuple[str, int, int, int], ...]]:
+    """The records before the data, and name, place, size and CRC of each."""
     records = (
-        ("archive/data.pkl", tensor_pickle(shape, dtype)),
+        ("archive/data.pkl", pickled),
         ("archive/.format_version", b"1"),
         ("archive/.storage_alignment", str(_ALIGN).encode()),
         ("archive/byteorder", b"little"),
@@ -77,9 +96,7 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> TensorArchive:
         crc = zlib.crc32(content)
         small.append((name, len(head), len(content), crc))
         head += _local(name, len(head), len(content)) + content + _descriptor(crc, len(content))
-    place, nbytes = len(head), math.prod(shape) * dtype.itemsize
-    head += _local("archive/data/0", place, nbytes)
-    return TensorArchive(head=head, nbytes=nbytes, small=tuple(small), place=place)
+    return head, tuple(small)
 
 
 def read_archive(fd: int, offset: int, length: int, path: Path) -> dict[str, Entry]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mbfn.storage.pickles import STORAGES
-from mbfn.storage.zips import read_archive, tensor_archive
+from mbfn.storage.zips import read_archive, tensor_archive, value_archive
 
 
 @pytest.mark.parametrize("dtype", [*STORAGES, torch.float8_e5m2, torch.uint32], ids=str)
@@ -61,3 +61,14 @@ def test_one_of_four_gigabytes(tmp_path: Path, count: int) -> None:
     found = torch.load(file, mmap=True, weights_only=True)
     assert tuple(found.shape) == (count,)
     assert int(found[-1]) == 7
+
+
+@pytest.mark.parametrize("value", [None, [None], {"a": 1, "b": (2.5, "x", True, -(1 << 40)), "c": {"d": []}}], ids=str)
+def test_plain_values(tmp_path: Path, value: object) -> None:
+    file = tmp_path / "v.pt"
+    file.write_bytes(value_archive(value))
+    assert torch.load(file, weights_only=True) == value
+    with zipfile.ZipFile(file) as opened:
+        assert opened.testzip() is None
+    with pytest.raises(TypeError):
+        value_archive(object())
