@@ -12,7 +12,7 @@ import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert import to_megatron
-from tests.megatron.tiny import VARIANTS, config_of, hf_model, run_config, weights_of
+from tests.megatron.tiny import VARIANTS, all_logits, config_of, hf_model, run_config, weights_of
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -45,19 +45,9 @@ def test_logits_are_transformers(cases: Mapping, layout: str) -> None:
     whole = parallel.tp > 1 and not parallel.sequence_parallel  # experts run at tp only where the sequence is cut too
     given = {variant: case[:2] for variant, case in cases.items() if not (whole and case[0].moe)}
     assert given.keys() >= cases.keys() - {"gpt_oss"}
-    for rank, found in enumerate(run_ranks(parallel.world_size, _all_logits, parallel, given)):
+    for rank, found in enumerate(run_ranks(parallel.world_size, all_logits, parallel, given, TOKENS)):
         apart = {variant: float((found[variant] - cases[variant][2]).abs().max()) for variant in given}
         assert max(apart.values()) < 1e-4, f"rank {rank}: {apart}"
-
-
-def _all_logits(parallel: ParallelConfig, given: Mapping) -> dict[str, Tensor]:
-    with megatron.open_world(parallel, device="cpu", timeout_s=60) as world:
-        found = {}
-        for variant, (model, weights) in given.items():
-            own = to_megatron(weights, model, parallel=parallel, rank=world.rank)
-            chunks = megatron.build_model(run_config(model, parallel), world, own)
-            found[variant] = megatron.logits(world, chunks, TOKENS)
-        return found
 
 
 def test_generation_is_the_same_at_every_cut(cases: Mapping) -> None:

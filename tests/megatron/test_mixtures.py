@@ -8,15 +8,14 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
-from mbfn.convert import to_hf, to_megatron
+from mbfn.convert import to_hf
 from tests.megatron.mixtures import MIXTURES, mixture
-from tests.megatron.tiny import config_of, loss_mask, rows, run_config, train, weights_of
+from tests.megatron.tiny import all_logits, config_of, plain_loop, run_config, train, weights_of
 from tests.ranks import run_ranks
 
 TOKENS = torch.randint(0, 100, (2, 29), generator=torch.Generator().manual_seed(1))
@@ -48,19 +47,9 @@ def cases() -> dict[str, tuple[ModelConfig, dict[str, Tensor], Tensor]]:
 def test_logits_are_transformers(cases: Mapping, layout: str) -> None:
     parallel = LAYOUTS[layout]
     given = {variant: case[:2] for variant, case in cases.items()}
-    for rank, found in enumerate(run_ranks(parallel.world_size, _all_logits, parallel, given)):
+    for rank, found in enumerate(run_ranks(parallel.world_size, all_logits, parallel, given, TOKENS)):
         apart = {variant: float((found[variant] - cases[variant][2]).abs().max()) for variant in cases}
         assert max(apart.values()) < 1e-5, f"rank {rank}: {apart}"
-
-
-def _all_logits(parallel: ParallelConfig, given: Mapping) -> dict[str, Tensor]:
-    with megatron.open_world(parallel, device="cpu", timeout_s=60) as world:
-        found = {}
-        for variant, (model, weights) in given.items():
-            own = to_megatron(weights, model, parallel=parallel, rank=world.rank)
-            chunks = megatron.build_model(run_config(model, parallel), world, own)
-            found[variant] = megatron.logits(world, chunks, TOKENS)
-        return found
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "deepseek_v3"])
@@ -70,7 +59,7 @@ def test_one_process_trains_as_transformers_does(variant: str) -> None:
     ((results, _),) = run_ranks(
         1, train, run_config(model, ParallelConfig()), weights_of(reference), steps=range(2 * STEPS)
     )
-    expected = _plain_loop(reference, 2 * STEPS)
+    expected = plain_loop(reference, steps=2 * STEPS)
     assert [result.loss for result in results] == pytest.approx([loss for loss, _ in expected], abs=1e-3)
     assert [result.grad_norm for result in results[:5]] == pytest.approx([norm for _, norm in expected[:5]], rel=1e-4)
     assert results[-1].loss < 0.8 * results[0].loss
@@ -126,24 +115,3 @@ def test_the_balance_loss_changes_what_is_learnt() -> None:
 def _moe(model: ModelConfig, **changes: float) -> ModelConfig:
     assert model.moe is not None
     return replace(model, moe=replace(model.moe, **changes))
-
-
-def _plain_loop(model: torch.nn.Module, steps: int) -> list[tuple[float, float]]:
-    """The losses and gradient norms of transformers with torch's AdamW on the same batches."""
-    optim, mask = run_config(config_of(model), ParallelConfig()).optim, loss_mask()
-    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
-    rest = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-    betas = (optim.beta1, optim.beta2)
-    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    found = []
-    for step in range(steps):
-        batch = rows(step)
-        losses = F.cross_entropy(model(batch[:, :-1]).logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        loss = (losses * mask).sum() / mask.sum()
-        adam.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
-        adam.step()
-        found.append((loss.item(), norm.item()))
-    return found

@@ -207,10 +207,20 @@ def _of_rank(run: RunConfig, weights: Mapping[str, Tensor] | None, rank: int) ->
     return None if weights is None else to_megatron(weights, run.model, parallel=run.parallel, rank=rank)
 
 
-def plain_loop(variant: str, *, steps: int) -> list[tuple[float, float]]:
+def all_logits(parallel: ParallelConfig, given: Mapping[str, tuple], tokens: Tensor) -> dict[str, Tensor]:
+    """On this rank, the logits for `tokens` of each model of `given`: its configuration and weights."""
+    with megatron.open_world(parallel, device="cpu", timeout_s=60) as world:
+        found = {}
+        for variant, (model, weights) in given.items():
+            own = to_megatron(weights, model, parallel=parallel, rank=world.rank)
+            chunks = megatron.build_model(run_config(model, parallel), world, own)
+            found[variant] = megatron.logits(world, chunks, tokens)
+        return found
+
+
+def plain_loop(model: PreTrainedModel, *, steps: int) -> list[tuple[float, float]]:
     """The losses and gradient norms of transformers with torch's AdamW on the same batches."""
-    model, mask = hf_model(variant), loss_mask()
-    optim = run_config(config_of(model), ParallelConfig()).optim
+    mask, optim = loss_mask(), run_config(config_of(model), ParallelConfig()).optim
     named = dict(model.named_parameters())
     decayed = [weight for name, weight in named.items() if weight.dim() > 1 and not name.endswith("bias")]
     rest = [weight for name, weight in named.items() if weight.dim() == 1 or name.endswith("bias")]
