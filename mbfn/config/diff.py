@@ -49,6 +49,8 @@ EFFECTS: Mapping[str, Effect] = {
     "train.eval_interval": "bookkeeping",
     "train.eval_batches": "bookkeeping",
     "checkpoint": "bookkeeping",
+    "guard": "numerics",
+    "profile": "bookkeeping",
     "log": "bookkeeping",
     "launch": "bookkeeping",
     "launch.device": "speed",

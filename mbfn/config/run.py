@@ -7,13 +7,16 @@ import json
 from dataclasses import asdict, dataclass
 
 from mbfn.config.data import DataConfig
+from mbfn.config.guard import GuardConfig
 from mbfn.config.model import ModelConfig
 from mbfn.config.optim import OptimConfig, ScheduleConfig
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
 from mbfn.config.peft import PeftConfig
 from mbfn.config.precision import PrecisionConfig
+from mbfn.config.profile import ProfileConfig
 from mbfn.config.site import SiteConfig
 from mbfn.config.train import CheckpointConfig, InitConfig, LaunchConfig, LogConfig, TrainConfig
+from mbfn.config.watch import watch_problems
 from mbfn.errors import ConfigError, require
 
 
@@ -29,7 +32,9 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     launch: LaunchConfig = LaunchConfig()
     site: SiteConfig = SiteConfig()
     train: TrainConfig = TrainConfig()
@@ -37,6 +42,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = [*layout_problems(self.model, self.parallel), *_batch_problems(self), *_schedule_problems(self)]
+        problems += watch_problems(self)
         if problems:
             raise ConfigError(problems)
 
