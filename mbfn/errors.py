@@ -5,6 +5,8 @@ A command prints the line and exits with `exit_code`; a library call raises the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MbfnError(Exception):
     """The base of all errors that the caller can mend. `str(error)` is what the user reads."""
@@ -36,6 +38,12 @@ class DataError(MbfnError):
 
 class LaunchError(MbfnError):
     """A run that cannot start here, or whose processes failed."""
+
+
+def first_lines(lines: Sequence[str], count: int = 8) -> str:
+    """The first `count` lines as one text, which says how many more there are."""
+    rest = [f"... and {len(lines) - count} more"] if len(lines) > count else []
+    return "\n".join([*lines[:count], *rest])
 
 
 def require(holds: bool, path: str, text: str, problems: list[tuple[str, str]]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mbfn.config.compose import RunContext, hydra_main
 from mbfn.config.parallel import ParallelConfig
-from mbfn.errors import ConfigError, ConversionError
+from mbfn.errors import ConfigError, ConversionError, first_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,8 +116,7 @@ def _compare(sides: list[Side], parallel: ParallelConfig) -> None:
         return
     differences = [str(difference) for difference in found if difference is not None]
     if differences:
-        rest = [f"... and {len(differences) - 8} more"] if len(differences) > 8 else []
-        raise ConversionError("\n".join(f"{where}: {line}" for line in [*differences[:8], *rest]))
+        raise ConversionError(first_lines([f"{where}: {line}" for line in differences]))
     print(f"weights: {size}, bitwise equal {where}")
 
 

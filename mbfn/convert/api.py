@@ -60,7 +60,8 @@ def reshard(
 ) -> PlannedState:
     """`rank`'s tensors in layout `target` from states in layout `source`, without Hugging Face names in between.
 
-    Raises: ConversionError as `to_hf`; also when the two layouts pad the vocabulary to different sizes.
+    Rows that only pad the vocabulary are zero where the layouts pad it to different sizes.
+    Raises: ConversionError as `to_hf`.
     """
     old, new = table_of(model, source), table_of(model, target)
     layout = Layout(parallel=source, impl=impl)

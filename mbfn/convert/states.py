@@ -13,7 +13,7 @@ from mbfn.convert.copies import Shape, TensorPlan
 from mbfn.convert.placement import rank_tensors
 from mbfn.convert.plans import Layout
 from mbfn.convert.table import Table
-from mbfn.errors import ConversionError
+from mbfn.errors import ConversionError, first_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,8 @@ def check_hf(table: Table, source: Mapping[str, Tensor], where: str = "") -> Non
     for name in wanted:
         if name in source and (found := tuple(_meta(source, name).shape)) != wanted[name]:
             lines.append(f"{prefix}{name}: expected shape {list(wanted[name])} by the config, found {list(found)}")
-    _raise_first(lines)
+    if lines:
+        raise ConversionError(first_lines(lines))
 
 
 def check_states(table: Table, layout: Layout, states: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -152,13 +153,8 @@ def check_states(table: Table, layout: Layout, states: Mapping[int, Mapping[str,
             shape = tuple(_meta(state, name).shape)
             if shape != wanted[name]:
                 lines.append(f"rank {rank}: {name}: expected shape {list(wanted[name])}, found {list(shape)}")
-    _raise_first(lines)
-
-
-def _raise_first(lines: list[str], count: int = 8) -> None:
     if lines:
-        rest = [f"... and {len(lines) - count} more"] if len(lines) > count else []
-        raise ConversionError("\n".join([*lines[:count], *rest]))
+        raise ConversionError(first_lines(lines))
 
 
 def _unknown(name: str, table: Table) -> str:

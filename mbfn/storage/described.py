@@ -9,7 +9,7 @@ from mbfn.config.build import build
 from mbfn.config.model import ModelConfig
 from mbfn.convert.plans import checkpoint_shapes
 from mbfn.convert.table import Table, table_padded
-from mbfn.errors import CheckpointError, ConversionError
+from mbfn.errors import CheckpointError, ConversionError, first_lines
 from mbfn.families import model_from_hf
 from mbfn.storage.atomic import read_manifest
 from mbfn.storage.torch_dist import TorchDistCheckpoint
@@ -51,7 +51,7 @@ def checkpoint_table(model: ModelConfig, source: TorchDistCheckpoint) -> Table:
         if key not in wanted and not key.startswith(NOT_WEIGHTS):
             lines.append(f"{key}: no rule of family {model.family} for this key")
     if lines:
-        raise ConversionError("\n".join(f"{source.path}: {line}" for line in lines[:8]))
+        raise ConversionError(first_lines([f"{source.path}: {line}" for line in lines]))
     return table
 
 
