@@ -1,0 +1,54 @@
+"""One update of the weights, made only where loss and gradient pass a judgement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from mbfn.megatron.device import attributes
+
+Judge = Callable[[float, float | None], str]  # loss, gradient norm once it is known -> the fault; empty: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What became of a gradient."""
+
+    done: bool  # whether the weights changed
+    grad_norm: float  # of the whole gradient, before clipping; NaN where it was not computed
+    fault: str = ""  # why the gradient was refused; overflow of fp16 is none, its scaler deals with that
+
+
+def no_fault(loss: float, grad_norm: float | None) -> str:
+    """Every gradient passes."""
+    del loss, grad_norm
+    return ""
+
+
+def update(optimizer: MegatronOptimizer, loss: float, judge: Judge) -> Update:
+    """Step the optimizer unless `judge` finds a fault: then weights and moments stay bit for bit as they are.
+
+    Collective. `judge` sees the loss first and the norm before the update; it must say the same on every rank.
+    """
+    if fault := judge(loss, None):
+        return Update(done=False, grad_norm=math.nan, fault=fault)
+    norms: list[float] = []
+    faults: list[str] = []
+    measure, apply = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+    def get_grad_norm() -> float:
+        norms.append(measure())
+        return norms[-1]
+
+    def step_with_ready_grads() -> bool:
+        faults.append(judge(loss, norms[-1] if norms else get_grad_norm()))
+        return False if faults[-1] else apply()
+
+    gates: dict[str, Any] = {"get_grad_norm": get_grad_norm, "step_with_ready_grads": step_with_ready_grads}
+    with attributes(optimizer, gates):
+        done, norm, _ = optimizer.step()
+    return Update(done=done, grad_norm=math.nan if norm is None else float(norm), fault=faults[-1] if faults else "")
