@@ -7,6 +7,7 @@ inverse of a copy swaps the two sides; cutting a tensor for a rank, a file chunk
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -80,9 +81,16 @@ def window(copy: Copy, side: Side, shape: Shape, start: Shape, stop: Shape) -> I
     Offsets and strides of that side then count in the contiguous tensor of shape `stop - start`. Yields none when the
     box and the copy share nothing, several copies when a range starts or ends inside an inner axis.
     """
+    for part in _window(from_source("", copy), side, shape, start, stop):
+        yield from_source(copy.source, part)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _window(copy: Copy, side: Side, shape: Shape, start: Shape, stop: Shape) -> tuple[Copy, ...]:
+    """`window` of a copy from any source: the layers and experts of a model ask the same again and again."""
     box = tuple(b - a for a, b in zip(start, stop, strict=True))
     if min(box, default=1) <= 0:
-        return
+        return ()
     copy = _refine(copy, side, shape)
     offset, strides = _side(copy, side)
     steps, owner = contiguous_strides(shape), _owners(strides, shape)
@@ -93,8 +101,14 @@ def window(copy: Copy, side: Side, shape: Shape, start: Shape, stop: Shape) -> I
         inner = [(copy.shape[a], strides[a] // steps[d]) for a in axes]
         choices.append([(axes, ranges) for ranges in _range_boxes(inner, start[d] - base, stop[d] - base)])
     back = tuple(-a for a in start)
-    for choice in itertools.product(*choices):
-        yield coalesce(_rebase(_restrict(copy, choice), side, shape, box, back))
+    return tuple(
+        coalesce(_rebase(_restrict(copy, choice), side, shape, box, back)) for choice in itertools.product(*choices)
+    )
+
+
+def from_source(source: str, copy: Copy) -> Copy:
+    """The same copy from another source."""
+    return Copy(source, copy.shape, copy.src_offset, copy.src_strides, copy.dst_offset, copy.dst_strides)
 
 
 def embed(copy: Copy, side: Side, shape: Shape, into: Shape, at: Shape) -> Copy:
@@ -154,6 +168,7 @@ def _owners(strides: Shape, shape: Shape) -> list[int]:
     return [next((d for d, step in enumerate(steps) if shape[d] > 1 and step <= s), 0) for s in strides]
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def contiguous_strides(shape: Shape) -> Shape:
     """Element strides of a contiguous tensor."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))

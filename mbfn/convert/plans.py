@@ -6,7 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mbfn.config.parallel import ParallelConfig
-from mbfn.convert.copies import Copy, Shape, TensorPlan, coalesce, contiguous_strides, embed, inverse, window
+from mbfn.convert.copies import (
+    Copy,
+    Shape,
+    TensorPlan,
+    coalesce,
+    contiguous_strides,
+    embed,
+    from_source,
+    inverse,
+    window,
+)
 from mbfn.convert.placement import LocalTensor, Piece, is_main_replica, rank_tensors
 from mbfn.convert.table import GlobalTensor, Impl, Table
 from mbfn.errors import ConversionError
@@ -50,7 +60,7 @@ def hf_plans(table: Table, layout: Layout, ranks: Iterable[int]) -> Iterator[Ten
             for source, local, piece in held.get(tensor.name, ()):
                 for part in window(back, "src", tensor.shape, piece.start, piece.stop):
                     placed = embed(part, "src", piece.shape, local.shape, piece.at)
-                    copies.append(_from(source, placed))
+                    copies.append(from_source(source, placed))
         plan = TensorPlan(name, shape, tuple(copies), copies[0].source if copies else name)
         if plan.padding:
             raise ConversionError(
@@ -117,7 +127,7 @@ def checkpoint_place(tensor: GlobalTensor, table: Table) -> tuple[str, Shape, Sh
         shape, at = (table.sizes[EXPERT], *shape), (tensor.expert, *at)
     if tensor.layer is None:
         return key, shape, at
-    if rule.stage == "mtp" or (table.model.moe is not None and table.model.moe.dense_layers):
+    if rule.stage == "mtp" or not table.stacked_layers:
         return key.format(i=tensor.layer), shape, at
     return key.replace("layers.{i}.", "layers."), (table.model.num_layers, *shape), (tensor.layer, *at)
 
@@ -204,7 +214,3 @@ def _position(point: Shape, piece: Piece, strides: Shape) -> int:
 
 def _twin(tensor: GlobalTensor) -> str:
     return tensor.rule.tied or tensor.name
-
-
-def _from(source: str, copy: Copy) -> Copy:
-    return Copy(source, copy.shape, copy.src_offset, copy.src_strides, copy.dst_offset, copy.dst_strides)
