@@ -36,8 +36,16 @@ class DataError(MbfnError):
     """Training data or a tokenizer that is missing or unusable."""
 
 
+class TrainingError(MbfnError):
+    """A run whose steps went wrong: the loss is no number, or too many steps had to be left out."""
+
+
 class LaunchError(MbfnError):
-    """A run that cannot start here, or whose processes failed."""
+    """A run that cannot start here, or whose processes failed. `detail` is shown below the line."""
+
+    def __init__(self, text: str, detail: str = "") -> None:
+        super().__init__(text)
+        self.detail = detail
 
 
 def first_lines(lines: Sequence[str], count: int = 8) -> str:

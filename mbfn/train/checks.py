@@ -18,9 +18,10 @@ def check_batch(batch: tuple[Mapping[str, Tensor], ...], run: RunConfig) -> None
     assert len(batch) == run.num_microbatches, (len(batch), run.num_microbatches)
     shape = (run.train.micro_batch_size, run.train.seq_length)
     for micro in batch:
-        assert set(micro) == _FIELDS, sorted(micro)
-        chex.assert_shape(list(micro.values()), shape)
-        chex.assert_trees_all_equal_dtypes(*micro.values())
+        assert set(micro) - {"cu_seqlens"} == _FIELDS, sorted(micro)
+        chex.assert_shape([micro[name] for name in sorted(_FIELDS)], shape)
+        chex.assert_trees_all_equal_dtypes(*(micro[name] for name in sorted(_FIELDS - {"loss_mask"})))
+        assert micro["loss_mask"].is_floating_point(), micro["loss_mask"].dtype
         for name in ("tokens", "labels"):
             low, high = int(micro[name].min()), int(micro[name].max())
             assert 0 <= low <= high < run.model.vocab_size, (name, low, high, run.model.vocab_size)

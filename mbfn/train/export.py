@@ -26,8 +26,8 @@ def initial_weights(run: RunConfig, world: World) -> Mapping[str, Tensor] | None
     return to_megatron(source, run.model, parallel=run.parallel, rank=world.rank, impl=choose_impl(world.device))
 
 
-def export_hf(run: RunConfig, world: World, models: Models, tokenizer: TokenizerFiles, directory: Path) -> None:
-    """Write the weights of all ranks as a Hugging Face directory, tokenizer included. Collective.
+def export_hf(run: RunConfig, world: World, models: Models, tokenizer: TokenizerFiles | None, directory: Path) -> None:
+    """Write the weights of all ranks as a Hugging Face directory, with its tokenizer where there is one. Collective.
 
     Rank 0 holds a tensor or two at a time. One dtype throughout: that of the parameters in training.
     """
@@ -38,6 +38,6 @@ def export_hf(run: RunConfig, world: World, models: Models, tokenizer: Tokenizer
         items = to_hf(states, run.model, parallel=run.parallel, impl=models.impl)
         shapes = table_of(run.model, run.parallel).hf_shapes
         plan = [Declared(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items()]
-        save_hf(directory, items, run.model, plan=plan, extra_files=tokenizer.files)
+        save_hf(directory, items, run.model, plan=plan, extra_files=tokenizer.files if tokenizer else ())
 
     with_all_states(world, own, write)

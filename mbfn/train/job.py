@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbfn.config.run import RunConfig
+from mbfn.train.pulse import Pulse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +19,12 @@ class Job:
     command: tuple[str, ...] = ()
 
 
-def run_job(job: Job, stop: Callable[[], int]) -> int:
+def run_job(job: Job, stop: Callable[[], int], pulse: Pulse | None = None) -> int:
     """Run this process's rank of the job; the exit code, 0 or `mbfn.train.stop.REQUEUE`."""
+    if job.run.bench:
+        from mbfn.train.bench import bench
+
+        return bench(job, stop)
     from mbfn.train.session import train
 
-    return train(job, stop)
+    return train(job, stop, pulse or Pulse())

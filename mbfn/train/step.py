@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from mbfn.config.optim import learning_rate
 from mbfn.config.run import RunConfig
-from mbfn.data import Dataset, micro_batches, train_rows, valid_rows
-from mbfn.megatron import World, eval_step, train_step
+from mbfn.data import Dataset, prefetched, read_batch
+from mbfn.megatron import StepResult, World, eval_step, train_step
+from mbfn.train.guard import learned, make_judge, response
 from mbfn.train.state import Metrics, TrainState
 
 Batch = tuple[Mapping[str, Tensor], ...]
@@ -18,10 +19,11 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Evaluate = Callable[[TrainState, Metrics], Metrics]
 
 
-def batches(run: RunConfig, world: World, dataset: Dataset, start: int) -> Iterator[Batch]:
-    """What this rank learns from at each update from number `start` to the end of the run."""
-    for step in range(start, run.train.steps):
-        yield _checked(micro_batches(train_rows(dataset, run, step), run, world.coordinates.dp), run)
+def batches(run: RunConfig, world: World, dataset: Dataset, start: int, shift: int = 0) -> Generator[Batch]:
+    """What this rank learns from at each update from number `start` to the end of the run, `shift` batches later."""
+    rank = world.coordinates.dp
+    made = (_checked(read_batch(dataset.train, run, step + shift, rank), run) for step in range(start, run.train.steps))
+    yield from prefetched(made)
 
 
 def make_step(run: RunConfig, world: World) -> Step:
@@ -29,31 +31,45 @@ def make_step(run: RunConfig, world: World) -> Step:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         lr = learning_rate(run.optim, run.schedule, run.train.steps, state.step)
-        result = train_step(run, world, state.models, batch, lr=lr)
-        after = replace(state, step=state.step + 1, tokens=state.tokens + result.tokens)
+        judge = make_judge(run.guard, state.guard, world)
+        result = train_step(run, world, state.models, batch, lr=lr, judge=judge)
+        answer = response(run.guard, state.guard, result.fault) if result.fault else ""
+        after = _after(run, state, result, answer)
         metrics = Metrics(
-            step=after.step,
+            step=state.step + 1,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
             tokens=after.tokens,
             skipped=result.skipped,
+            fault=result.fault,
+            response=answer,
+            terms=result.metrics,
         )
         return after, metrics
 
     return step
 
 
+def _after(run: RunConfig, state: TrainState, result: StepResult, answer: str) -> TrainState:
+    """The state that a step leaves. One that is to be undone or to end the run leaves the state as it was."""
+    if answer in ("stop", "roll_back"):
+        return state
+    if answer == "skip":
+        return replace(state, step=state.step + 1, guard=replace(state.guard, skips=state.guard.skips + 1))
+    guard = state.guard if result.skipped else learned(run.guard, state.guard, result.loss)
+    return replace(state, step=state.step + 1, tokens=state.tokens + result.tokens, guard=guard)
+
+
 def make_evaluate(run: RunConfig, world: World, dataset: Dataset) -> Evaluate:
     """Add the mean loss on held-out text to metrics of a step at which it is due."""
-    interval = run.train.eval_interval if dataset.valid_windows else 0
+    interval, held_out = run.train.eval_interval, dataset.valid
 
     def evaluate(state: TrainState, metrics: Metrics) -> Metrics:
-        if not interval or (state.step % interval and state.step != run.train.steps):
+        if held_out is None or not interval or (state.step % interval and state.step != run.train.steps):
             return metrics
-        rows = (valid_rows(dataset, run, number) for number in range(run.train.eval_batches))
-        held_out = (_checked(micro_batches(part, run, world.coordinates.dp), run) for part in rows)
-        losses = [eval_step(run, world, state.models, batch) for batch in held_out]
+        read = (read_batch(held_out, run, number, world.coordinates.dp) for number in range(run.train.eval_batches))
+        losses = [eval_step(run, world, state.models, _checked(batch, run)) for batch in read]
         return replace(metrics, valid_loss=sum(losses) / len(losses))
 
     return evaluate

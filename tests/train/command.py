@@ -30,7 +30,7 @@ SHORT = (
     "log.sample_tokens=8",
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-_TIMING = {"seconds", "tokens_per_s"}
+_TIMING = {"seconds", "data_s", "tokens_per_s", "tflops", "memory_gb"}
 
 
 def start(output: Path, *overrides: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
