@@ -44,8 +44,14 @@ class MoEConfig:
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1  # groups that the experts are chosen from
     moe_router_topk_scaling_factor: float = 1.0
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = "aux_loss"
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] = (
+        "aux_loss"
+    )
     moe_aux_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float = 0.0  # of the loss that keeps the router's scores small
+    moe_expert_capacity_factor: float | None = None  # tokens an expert takes, in equal shares of a rank's; none: all
+    moe_pad_expert_input_to_capacity: bool = False  # fill every expert up to its capacity: fixed shapes
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"  # what is dropped first: low weights, or late tokens
     moe_router_bias_update_rate: float = 0.001  # step of the expert bias towards equal loads
     add_router_bias: bool = False
     add_expert_bias: bool = False
@@ -59,8 +65,27 @@ class MoEConfig:
         divides = groups >= 1 and experts % groups == 0
         require(divides, "moe_router_num_groups", f"expected a divisor of {experts}, got {groups}", problems)
         require(1 <= chosen <= groups, "moe_router_group_topk", f"expected 1 to {groups}, got {chosen}", problems)
+        problems += _balance_problems(self)
         if problems:
             raise ConfigError(problems)
+
+
+def _balance_problems(moe: MoEConfig) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        value = getattr(moe, name)
+        require(value >= 0, name, f"expected at least 0, got {value}", problems)
+    capacity, kind = moe.moe_expert_capacity_factor, moe.moe_router_load_balancing_type
+    require(
+        capacity is None or capacity > 0, "moe_expert_capacity_factor", f"expected above 0, got {capacity}", problems
+    )
+    padded = moe.moe_pad_expert_input_to_capacity
+    text = "needs moe_expert_capacity_factor"
+    require(not padded or capacity is not None, "moe_pad_expert_input_to_capacity", text, problems)
+    alone = moe.moe_aux_loss_coeff == 0 and capacity is None and moe.moe_router_num_groups == 1
+    text = "sinkhorn routes alone: no moe_aux_loss_coeff, moe_expert_capacity_factor or groups"
+    require(kind != "sinkhorn" or alone, "moe_router_load_balancing_type", text, problems)
+    return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0 leaves gradients as they are
-    use_distributed_optimizer: bool = True  # cut optimizer state over data-parallel ranks (ZeRO-1)
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
     overlap_param_gather: bool = False  # gather parameters while the forward pass runs
 
@@ -33,9 +32,9 @@ class OptimConfig:
             value = getattr(self, name)
             require(value >= 0, name, f"expected at least 0, got {value}", problems)
         require(
-            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            not self.overlap_param_gather or self.overlap_grad_reduce,
             "overlap_param_gather",
-            "needs use_distributed_optimizer=true and overlap_grad_reduce=true",
+            "needs overlap_grad_reduce=true",
             problems,
         )
         if problems:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from mbfn.config.pipeline import FIELD, layout_layers, parse_layout
 from mbfn.errors import ConfigError, require
+
+Sharding = Literal["none", "zero1", "megatron_fsdp", "fsdp2"]
+ContextCommunication = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
+Dispatcher = Literal["alltoall", "allgather", "flex"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +30,20 @@ class ParallelConfig:
     num_layers_in_last_pipeline_stage: int | None = None
     account_for_embedding_in_pipeline_split: bool = False  # the embedding counts as one layer of the first stage
     account_for_loss_in_pipeline_split: bool = False  # the output layer counts as one layer of the last stage
+    pipeline_model_parallel_layout: str = ""  # every stage and chunk written out: Ett|(ttt|)*6tL; empty: even stages
+    sharding: Sharding = (
+        "zero1"  # cut over data-parallel ranks: optimizer state (zero1), weights and gradients too (fsdp)
+    )
+    num_distributed_optimizer_instances: int = 1  # copies of the cut state: reduced inside each, then between them
+    cp_comm_type: ContextCommunication = "auto"  # how keys and values meet; auto: p2p, else what the attention can
+    hierarchical_context_parallel_sizes: tuple[int, ...] = ()  # of a2a+p2p: ranks of an a2a group, then of a p2p group
+    overlap_p2p_comm: bool = True  # with vpp: send to the next stage while the next chunk computes
+    tp_comm_overlap: bool = False  # split products of tp so that they overlap with their collectives
+    moe_token_dispatcher_type: Dispatcher = "alltoall"  # how tokens reach their experts
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"  # the kernels of flex
+    moe_shared_expert_overlap: bool = False  # shared experts compute while tokens travel
+    overlap_moe_expert_parallel_comm: bool = False  # tokens of one micro-batch travel while another computes
+    delay_wgrad_compute: bool = False  # with that: weight gradients fill the waits
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
@@ -44,6 +64,8 @@ class ParallelConfig:
             "give either the stage sizes (num_layers_in_...) or account_for_..., not both",
             problems,
         )
+        problems += _layout_field_problems(self, uneven=counted or any(n is not None for n in uneven))
+        problems += [] if problems else [*_sharding_problems(self), *_overlap_problems(self)]
         if problems:
             raise ConfigError(problems)
 
@@ -97,6 +119,67 @@ def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
     )
 
 
+def _layout_field_problems(parallel: ParallelConfig, *, uneven: bool) -> list[tuple[str, str]]:
+    """What is wrong with the written-out pipeline, the model's layers left aside."""
+    if not parallel.pipeline_model_parallel_layout:
+        return []
+    problems: list[tuple[str, str]] = []
+    require(not uneven, FIELD, "give either it or num_layers_in_... / account_for_..., not both", problems)
+    try:
+        slots = len(parse_layout(parallel.pipeline_model_parallel_layout))
+    except ConfigError as error:
+        return problems + error.problems
+    wanted = parallel.pp * parallel.vpp
+    text = f"has {slots} stages, pp * vpp = {parallel.pp} * {parallel.vpp} needs {wanted}"
+    require(slots == wanted and parallel.pp > 1, FIELD, text if parallel.pp > 1 else "needs pp > 1", problems)
+    return problems
+
+
+def _sharding_problems(parallel: ParallelConfig) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    instances, field = parallel.num_distributed_optimizer_instances, "num_distributed_optimizer_instances"
+    ranks = parallel.data_parallel_size * parallel.cp
+    require(instances >= 1 and ranks % instances == 0, field, f"expected a divisor of dp * cp = {ranks}", problems)
+    holders = parallel.world_size // (parallel.pp * parallel.etp * parallel.ep)
+    text = f"the {holders} ranks that hold the same experts do not divide by {instances}"
+    require(instances < 1 or holders % instances == 0, field, text, problems)
+    shared = instances == 1 or parallel.sharding == "zero1"
+    require(shared, field, f"copies of sharding={parallel.sharding} are not supported; expected zero1", problems)
+    if parallel.sharding in ("megatron_fsdp", "fsdp2"):
+        for name in ("pp", "vpp"):
+            size = getattr(parallel, name)
+            text = f"sharding={parallel.sharding} runs without pipeline stages; set {name}=1 or sharding=zero1"
+            require(size == 1, name, text, problems)
+    sizes = parallel.hierarchical_context_parallel_sizes
+    levels = parallel.cp_comm_type == "a2a+p2p"
+    fits = len(sizes) == 2 and math.prod(sizes) == parallel.cp
+    text = f"expected two sizes with the product cp={parallel.cp} for cp_comm_type=a2a+p2p, got {list(sizes)}"
+    require(fits if levels else not sizes, "hierarchical_context_parallel_sizes", text, problems)
+    unset = parallel.cp > 1 or parallel.cp_comm_type == "auto"
+    require(unset, "cp_comm_type", f"{parallel.cp_comm_type} needs cp > 1; set it to auto", problems)
+    return problems
+
+
+def _overlap_problems(parallel: ParallelConfig) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    needs: list[tuple[str, bool, str]] = [
+        ("tp_comm_overlap", parallel.sequence_parallel, "tp > 1 and sequence_parallel=true"),
+        ("moe_shared_expert_overlap", parallel.moe_token_dispatcher_type != "allgather", "alltoall or flex"),
+        ("moe_shared_expert_overlap", not parallel.overlap_moe_expert_parallel_comm, "no expert communication overlap"),
+        ("overlap_moe_expert_parallel_comm", parallel.ep > 1, "ep > 1"),
+        ("overlap_moe_expert_parallel_comm", parallel.moe_token_dispatcher_type != "allgather", "alltoall or flex"),
+        ("overlap_moe_expert_parallel_comm", parallel.pp == 1 or parallel.vpp > 1, "vpp > 1 where pp > 1"),
+        ("delay_wgrad_compute", parallel.overlap_moe_expert_parallel_comm, "overlap_moe_expert_parallel_comm=true"),
+    ]
+    for name, holds, what in needs:
+        require(not getattr(parallel, name) or holds, name, f"needs {what}", problems)
+    apart = not parallel.overlap_p2p_comm
+    require(not apart or parallel.vpp > 1, "overlap_p2p_comm", "only vpp > 1 can do without; set it to true", problems)
+    text = "stages that are each other's both neighbours (pp=2) mix up what they send; set it to true, or pp > 2"
+    require(not apart or parallel.vpp == 1 or parallel.pp > 2, "overlap_p2p_comm", text, problems)
+    return problems
+
+
 def pipeline_layers(num_layers: int, parallel: ParallelConfig) -> tuple[tuple[range, ...], ...]:
     """The decoder layers of every stage and chunk: `[pp rank][chunk] -> range of global layer numbers`.
 
@@ -116,6 +199,11 @@ def pipeline_layers(num_layers: int, parallel: ParallelConfig) -> tuple[tuple[ra
 def _layers_of_slots(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each (chunk, stage) slot in execution order: chunk 0 of all stages, then chunk 1, ..."""
     pp, vpp = parallel.pp, parallel.vpp
+    if parallel.pipeline_model_parallel_layout:
+        written = layout_layers(parse_layout(parallel.pipeline_model_parallel_layout))
+        if sum(written) != num_layers:
+            raise ConfigError([(f"parallel.{FIELD}", f"has {sum(written)} decoder layers (t), the model {num_layers}")])
+        return written
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     if first is not None or last is not None:
         if pp == 1:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 
 from mbfn.config.data import DataConfig
 from mbfn.config.guard import GuardConfig
+from mbfn.config.layout import layout_problems
 from mbfn.config.model import ModelConfig
 from mbfn.config.optim import OptimConfig, ScheduleConfig
-from mbfn.config.parallel import ParallelConfig, pipeline_layers
+from mbfn.config.parallel import ParallelConfig
 from mbfn.config.peft import PeftConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.profile import ProfileConfig
@@ -42,6 +43,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = [*layout_problems(self.model, self.parallel), *_batch_problems(self), *_schedule_problems(self)]
+        problems += [*_overlap_problems(self), *_sharding_problems(self)]
         problems += watch_problems(self)
         if problems:
             raise ConfigError(problems)
@@ -57,62 +59,6 @@ class RunConfig:
         what = {name: value for name, value in asdict(self).items() if name not in ("launch", "site")}
         text = json.dumps(what | {"device": self.launch.device}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
-    """Why `model` cannot be cut as `parallel` says; empty when it can."""
-    problems: list[tuple[str, str]] = []
-    tp = parallel.tp
-    groups = model.num_query_groups
-    require(
-        model.num_attention_heads % tp == 0,
-        "parallel.tp",
-        f"num_attention_heads={model.num_attention_heads} does not divide by tp={tp}: "
-        f"{_fits(model.num_attention_heads)}",
-        problems,
-    )
-    require(
-        groups % tp == 0 or tp % groups == 0,
-        "parallel.tp",
-        f"tp={tp} is neither a divisor nor a multiple of num_query_groups={groups}",
-        problems,
-    )
-    require(
-        model.ffn_hidden_size % tp == 0,
-        "parallel.tp",
-        f"ffn_hidden_size={model.ffn_hidden_size} does not divide by tp={tp}: {_fits(model.ffn_hidden_size)}",
-        problems,
-    )
-    require(
-        groups % tp == 0 or not model.qk_layernorm_full,
-        "parallel.tp",
-        f"num_query_groups={groups} does not divide by tp={tp}, and keys are normed over all heads: {_fits(groups)}",
-        problems,
-    )
-    problems += _expert_problems(model, parallel)
-    try:
-        pipeline_layers(model.num_layers, parallel)
-    except ConfigError as error:
-        problems.extend(error.problems)
-    return problems
-
-
-def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
-    problems: list[tuple[str, str]] = []
-    ep, etp, moe = parallel.ep, parallel.etp, model.moe
-    if moe is None:
-        require(ep == 1, "parallel.ep", f"ep={ep} needs a model with experts; set ep=1", problems)
-        require(etp == 1, "parallel.etp", f"etp={etp} needs a model with experts; set etp=1", problems)
-        return problems
-    sizes = (
-        ("ep", ep, "num_moe_experts", moe.num_moe_experts),
-        ("etp", etp, "moe_ffn_hidden_size", moe.moe_ffn_hidden_size),
-        ("tp", parallel.tp, "moe_shared_expert_intermediate_size", moe.moe_shared_expert_intermediate_size),
-    )
-    for name, size, field, whole in sizes:
-        text = f"{field}={whole} does not divide by {name}={size}: {_fits(whole)}"
-        require(whole % size == 0, f"parallel.{name}", text, problems)
-    return problems
 
 
 def _batch_problems(run: RunConfig) -> list[tuple[str, str]]:
@@ -169,5 +115,29 @@ def _schedule_problems(run: RunConfig) -> list[tuple[str, str]]:
     return problems
 
 
-def _fits(size: int) -> str:
-    return f"choose among {[n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64) if size % n == 0]}"
+def _overlap_problems(run: RunConfig) -> list[tuple[str, str]]:
+    """What Megatron's overlap of two micro-batches' expert communication cannot run with."""
+    problems: list[tuple[str, str]] = []
+    if run.parallel.overlap_moe_expert_parallel_comm:
+        field, train = "parallel.overlap_moe_expert_parallel_comm", run.train
+        half = run.precision.params in ("bf16", "fp16")
+        require(half, field, f"needs bf16 or fp16 parameters, got {run.precision.params}", problems)
+        require(train.recompute != "full", field, "needs train.recompute other than full", problems)
+        layers = run.model.mtp_num_layers
+        require(layers <= 1, field, f"takes one layer for further tokens at most, the model has {layers}", problems)
+    return problems
+
+
+def _sharding_problems(run: RunConfig) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    sharding, whole = run.parallel.sharding, run.parallel.sharding in ("none", "fsdp2")
+    text = f"needs parallel.sharding=zero1 or megatron_fsdp, got {sharding}"
+    require(not run.optim.overlap_param_gather or not whole, "optim.overlap_param_gather", text, problems)
+    if sharding in ("fsdp2", "megatron_fsdp"):
+        text = f"parallel.sharding={sharding} keeps fp32 states of bf16 or fp32 weights; set precision=bf16 or fp32"
+        plain = run.precision.fp8 == "none" and not run.precision.precision_aware and run.precision.params != "fp16"
+        require(plain, "precision", text, problems)
+        text = "parallel.sharding=fsdp2 cuts every weight over the same ranks; set ep=1 etp=1 or sharding=zero1"
+        apart = run.parallel.ep > 1 or run.parallel.etp > 1
+        require(sharding != "fsdp2" or not apart, "parallel.ep", text, problems)
+    return problems

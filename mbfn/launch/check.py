@@ -97,7 +97,7 @@ def training_bytes(run: RunConfig) -> int:
     formats, replicas = run.precision, run.parallel.data_parallel_size
     main = 0 if formats.params == "fp32" else _BYTES[formats.main_params]
     state = main + _BYTES[formats.exp_avg] + _BYTES[formats.exp_avg_sq]
-    copies = 1 if run.optim.use_distributed_optimizer else replicas
+    copies = replicas if run.parallel.sharding == "none" else 1
     return run.model.num_parameters * ((_BYTES[formats.params] + _BYTES[formats.grads]) * replicas + state * copies)
 
 

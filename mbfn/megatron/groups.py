@@ -45,7 +45,35 @@ def group_ranks(parallel: ParallelConfig) -> dict[str, Ranks]:
     ranks |= {name: _slices(expert, axes.split()) for name, axes in _EXPERT.items()}
     ranks["embd"] = tuple(tuple(dict.fromkeys((stages[0], stages[-1]))) for stages in ranks["pp"])
     ranks["pos_embd"] = tuple((stages[0],) for stages in ranks["pp"])
-    return ranks
+    return ranks | _instances(parallel, dense, expert) | _levels(parallel, ranks["cp"])
+
+
+def _instances(parallel: ParallelConfig, dense: Mapping[str, int], expert: Mapping[str, int]) -> dict[str, Ranks]:
+    """Groups of the copies of the optimizer's state: inside each, and between the places of all."""
+    copies = parallel.num_distributed_optimizer_instances
+    if copies == 1:
+        return {}
+    apart: dict[str, dict[str, int]] = {}
+    for name, sizes, axes in (("dense", dense, ("cp", "dp")), ("expert", expert, ("edp",))):
+        inner = math.prod(sizes[axis] for axis in axes) // copies
+        kept = {axis: size for axis, size in sizes.items() if axis not in (*axes, "pp")}
+        apart[name] = kept | {"inner": inner, "outer": copies, "pp": sizes["pp"]}
+    return {
+        "intra_dp_cp": _slices(apart["dense"], ["inner"]),
+        "intra_expt_dp": _slices(apart["expert"], ["inner"]),
+        "inter_dist_opt": _slices(apart["dense"], ["outer"]),
+        "intra_dist_opt": _slices(apart["dense"], ["tp", "inner", "pp"]),
+    }
+
+
+def _levels(parallel: ParallelConfig, cp: Ranks) -> dict[str, Ranks]:
+    """Groups of hierarchical context parallelism: neighbours exchange heads, their groups pass keys on."""
+    sizes = parallel.hierarchical_context_parallel_sizes
+    if not sizes:
+        return {}
+    inner, outer = sizes
+    near = tuple(group[i * inner : (i + 1) * inner] for group in cp for i in range(outer))
+    return {"hcp_a2a": near, "hcp_p2p": tuple(group[i::inner] for group in cp for i in range(inner))}
 
 
 def open_groups(ranks: Mapping[str, Ranks], timeout: timedelta) -> ProcessGroupCollection:
@@ -57,6 +85,8 @@ def open_groups(ranks: Mapping[str, Ranks], timeout: timedelta) -> ProcessGroupC
         if enumeration not in made:
             made[enumeration] = _open(enumeration, me, timeout)
         setattr(groups, name, made[enumeration])
+    if "hcp_a2a" in ranks:
+        groups.hcp = [groups.hcp_a2a, groups.hcp_p2p]
     return groups
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mbfn.config.model import ModelConfig
-from mbfn.config.parallel import ParallelConfig
+from mbfn.config.parallel import ParallelConfig, coordinates
 from mbfn.config.precision import PrecisionConfig
 from mbfn.megatron.device import without_cuda
 from mbfn.megatron.groups import Ranks, group_ranks, open_groups
@@ -31,7 +31,7 @@ def meta_states(
     enumerations = group_ranks(parallel)
     for rank in range(parallel.world_size) if ranks is None else ranks:
         with _fake_world(rank, parallel.world_size):
-            chunks = _build(model, parallel, _own(enumerations, rank))
+            chunks = _build(model, parallel, _own(enumerations, rank), coordinates(parallel, rank).pp)
         yield rank, {name: (tuple(t.shape), t.dtype) for name, t in chunk_tensors(chunks).items()}
 
 
@@ -40,9 +40,11 @@ def _own(enumerations: dict[str, Ranks], rank: int) -> dict[str, Ranks]:
     return {name: tuple(group for group in ranks if rank in group) for name, ranks in enumerations.items()}
 
 
-def _build(model: ModelConfig, parallel: ParallelConfig, enumerations: dict[str, Ranks]) -> tuple[LanguageModel, ...]:
+def _build(
+    model: ModelConfig, parallel: ParallelConfig, enumerations: dict[str, Ranks], stage: int
+) -> tuple[LanguageModel, ...]:
     precision = PrecisionConfig(params="fp32" if model.params_dtype == "fp32" else "bf16")
-    config = core_config(model, parallel, precision, impl="local", cpu=True)
+    config = core_config(model, parallel, precision, impl="local", cpu=True, stage=stage)
     config.init_model_with_meta_device = True
     groups = open_groups(enumerations, timedelta(seconds=60))
     with without_cuda(), torch.device("meta"):

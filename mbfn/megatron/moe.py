@@ -11,6 +11,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
+    apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
@@ -47,7 +48,13 @@ def moe_settings(model: ModelConfig, parallel: ParallelConfig, *, impl: Impl, cp
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
         "moe_token_dispatcher_type": _dispatcher(parallel, cpu=cpu),
+        "moe_flex_dispatcher_backend": parallel.moe_flex_dispatcher_backend,
+        "moe_shared_expert_overlap": parallel.moe_shared_expert_overlap,
         "moe_grouped_gemm": te,
         "moe_permute_fusion": te,
         "expert_model_parallel_size": parallel.ep,
@@ -123,6 +130,15 @@ class Router(TopKRouter):
             score_function=self.score_function,
             precomputed_indices=self._choice(logits),
         )
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, chosen = apply_router_token_dropping(
+                probs,
+                chosen,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             mapped, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
             probs = self._apply_aux_loss(probs, scores, mapped)
@@ -164,5 +180,6 @@ def grouped_choice(scores: Tensor, *, topk: int, groups: int, group_topk: int, c
 
 
 def _dispatcher(parallel: ParallelConfig, *, cpu: bool) -> str:
-    """All-to-all; on the CPU with expert tensor parallelism it needs a gather of uneven parts, which gloo lacks."""
-    return "allgather" if cpu and parallel.etp > 1 else "alltoall"
+    """As asked for; with expert tensor parallelism an all-to-all gathers uneven parts, which gloo cannot: all then."""
+    kind = parallel.moe_token_dispatcher_type
+    return "allgather" if cpu and parallel.etp > 1 and kind == "alltoall" else kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from mbfn.errors import LaunchError
 from mbfn.megatron.activations import activation_settings
 from mbfn.megatron.bootstrap import has_transformer_engine
 from mbfn.megatron.latent import config_class, latent_settings
+from mbfn.megatron.layouts import layout_settings
 from mbfn.megatron.moe import moe_settings
 from mbfn.megatron.supported import check_supported
 from mbfn.megatron.world import World
@@ -46,7 +48,28 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
                 f"this is {world.device.type} with the local modules; use precision=bf16 with fp32 states, or fp32"
             )
     cpu, recompute = world.device.type == "cpu", run.train.recompute
-    return core_config(run.model, run.parallel, run.precision, impl=impl, cpu=cpu, recompute=recompute)
+    _check_kernels(run, impl)
+    stage = world.coordinates.pp
+    return core_config(run.model, run.parallel, run.precision, impl=impl, cpu=cpu, recompute=recompute, stage=stage)
+
+
+def _check_kernels(run: RunConfig, impl: Impl) -> None:
+    """Refuse overlaps whose kernels are not here.
+
+    Raises: LaunchError naming the field.
+    """
+    parallel = run.parallel
+    flex = parallel.moe_token_dispatcher_type == "flex"
+    backend = {"deepep": "deep_ep", "hybridep": "deep_ep"}[parallel.moe_flex_dispatcher_backend]
+    if flex and importlib.util.find_spec(backend) is None:
+        raise LaunchError(
+            f"parallel.moe_token_dispatcher_type: flex needs the package {backend}, which is not installed; "
+            "use alltoall or allgather"
+        )
+    if parallel.tp_comm_overlap and impl != "te":
+        raise LaunchError(
+            "parallel.tp_comm_overlap: needs Transformer Engine on CUDA GPUs; set parallel.tp_comm_overlap=false"
+        )
 
 
 def core_config(
@@ -57,8 +80,9 @@ def core_config(
     impl: Impl,
     cpu: bool,
     recompute: Recompute = "none",
+    stage: int = 0,
 ) -> TransformerConfig:
-    """Megatron's model settings. Weights are never initialised by Megatron: `mbfn.megatron.weights` sets every one."""
+    """Megatron's model settings on a stage. It initialises no weight: `mbfn.megatron.weights` sets every one."""
     check_supported(model)
     dtype = DTYPES[precision.params]
     fields: dict[str, Any] = dict(
@@ -92,7 +116,7 @@ def core_config(
         masked_softmax_fusion=False,
         mtp_num_layers=model.mtp_num_layers or None,
         cuda_graph_modules=[],
-        **_layout(parallel),
+        **layout_settings(model, parallel, stage=stage),
         **_window(model),
         **activation_settings(model, fused=not cpu),
         **_fusions(impl, cpu=cpu),
@@ -110,9 +134,11 @@ def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
     """How gradients are reduced over data-parallel ranks."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=run.precision.grads == "fp32",
-        use_distributed_optimizer=run.optim.use_distributed_optimizer,
+        use_distributed_optimizer=run.parallel.sharding == "zero1",
         overlap_grad_reduce=run.optim.overlap_grad_reduce,
         overlap_param_gather=run.optim.overlap_param_gather,
+        num_distributed_optimizer_instances=run.parallel.num_distributed_optimizer_instances,
+        delay_wgrad_compute=run.parallel.delay_wgrad_compute,
     )
 
 
@@ -140,30 +166,10 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         bf16=precision.params == "bf16",
         fp16=precision.params == "fp16",
         params_dtype=DTYPES[precision.params],
-        use_distributed_optimizer=optim.use_distributed_optimizer,
+        use_distributed_optimizer=run.parallel.sharding == "zero1",
         overlap_param_gather=optim.overlap_param_gather,
         **formats,
     )
-
-
-def _layout(parallel: ParallelConfig) -> dict[str, Any]:
-    interleaved = parallel.vpp > 1
-    return {
-        "tensor_model_parallel_size": parallel.tp,
-        "pipeline_model_parallel_size": parallel.pp,
-        "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
-        "context_parallel_size": parallel.cp,
-        "sequence_parallel": parallel.sequence_parallel,
-        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
-        "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
-        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
-        # Batched exchange of two stages that are each other's both neighbours (pp=2) mixes up previous and next
-        # without an error.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
-        "deallocate_pipeline_outputs": parallel.pp > 1,
-    }
 
 
 def _window(model: ModelConfig) -> dict[str, Any]:

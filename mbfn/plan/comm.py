@@ -114,7 +114,7 @@ def _data(run: RunConfig) -> Iterator[Traffic]:
     for group, ranks, parameters in groups:
         weights = parameters * (ranks - 1) / ranks
         gradients, values = weights * BYTES[formats.grads], weights * BYTES[formats.params]
-        if run.optim.use_distributed_optimizer:
+        if run.parallel.sharding != "none":
             yield _item(group, ranks, "reduce-scatter", "gradients", count=1, sent=gradients, span=span)
             yield _item(group, ranks, "all-gather", "parameters", count=1, sent=values, span=span)
         else:

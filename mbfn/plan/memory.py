@@ -62,7 +62,7 @@ def optimizer_bytes(run: RunConfig) -> int:
 def owned(run: RunConfig, weights: StageWeights) -> float:
     """Parameters whose optimizer state a rank keeps."""
     held = weights.held
-    if not run.optim.use_distributed_optimizer:
+    if run.parallel.sharding == "none":
         return held.parameters
     ranks = run.parallel.data_parallel_size * run.parallel.cp
     return (held.parameters - held.expert_parameters) / ranks + held.expert_parameters / expert_replicas(run)

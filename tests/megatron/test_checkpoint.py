@@ -6,6 +6,7 @@ import pickle
 import resource
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
-from mbfn.config.parallel import ParallelConfig
+from mbfn.config.parallel import ParallelConfig, Sharding
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_hf
@@ -57,7 +58,7 @@ def whole(start: Start) -> list[megatron.StepResult]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_run_is_bitwise_the_whole_one(start: Start, tmp_path: Path, layout: str, distributed: bool) -> None:
     model, weights = start
-    run = run_config(model, LAYOUTS[layout], use_distributed_optimizer=distributed)
+    run = run_config(model, replace(LAYOUTS[layout], sharding="zero1" if distributed else "none"))
     size, place = run.parallel.world_size, str(tmp_path / "step_3")
     unbroken = run_ranks(size, train, run, weights, steps=range(END))
     run_ranks(size, train, run, weights, steps=range(STOP), save_to=place)
@@ -72,9 +73,10 @@ def test_a_resumed_run_is_bitwise_the_whole_one(start: Start, tmp_path: Path, la
 def test_a_bf16_run_resumes_bitwise_and_stays_near_fp32(
     start: Start, whole: list[megatron.StepResult], tmp_path: Path, distributed: bool
 ) -> None:
-    parallel, place = ParallelConfig(tp=2, sequence_parallel=True), str(tmp_path / "step_3")
+    sharding: Sharding = "zero1" if distributed else "none"
+    parallel, place = ParallelConfig(tp=2, sequence_parallel=True, sharding=sharding), str(tmp_path / "step_3")
     bf16 = PrecisionConfig(params="bf16")
-    run = run_config(start[0], parallel, bf16, use_distributed_optimizer=distributed)
+    run = run_config(start[0], parallel, bf16)
     unbroken = run_ranks(2, train, run, start[1], steps=range(END))
     run_ranks(2, train, run, start[1], steps=range(STOP), save_to=place)
     resumed = run_ranks(2, train, run, None, steps=range(STOP, END), load_from=place)
