@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from mbfn.megatron.model import LanguageModel
-from mbfn.megatron.modules import zigzag
+from mbfn.megatron.packed import zigzag
 from mbfn.megatron.world import World
 
 

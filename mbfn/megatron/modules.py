@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from mbfn.megatron.packed import Segments, held_positions, zigzag
 from mbfn.megatron.scores import causal_attention, visible
 
 
@@ -53,26 +55,49 @@ class Attention(MegatronModule):
         self.register_parameter("softmax_offset", _sinks(config, self.tp_group.size()))
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Segments | None = None,
+        **_: Any,
     ) -> Tensor:
-        """Shapes: query (S, B, N, D), key and value (S, B, G, D) -> (S, B, N * D), S the rank's own tokens."""
-        del attention_mask  # always causal
-        positions = zigzag(query.size(0) * self.cp.size(), self.cp.size(), self.cp.rank())
-        if self.cp.size() > 1:
-            key, value = _whole_sequence(key, self.cp), _whole_sequence(value, self.cp)
+        """Attention of the rank's own S tokens, always causal.
+
+        Shapes: query (S, B, N, D), key and value (S, B, G, D) -> (S, B, N * D); of packed rows without B.
+        """
+        del attention_mask
+        if packed_seq_params is None:
+            return self._attend(query, key, value, (query.size(0) * self.cp.size(),))
+        q, k, v = (x.unsqueeze(1) for x in (query, key, value))
+        return self._attend(q, k, v, packed_seq_params.lengths).squeeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Attention inside each of the samples of `lengths`, by themselves: nothing grows with the row's square."""
+        size = self.cp.size()
+        if size > 1:
+            key, value = _whole_sequence(key, self.cp, lengths), _whole_sequence(value, self.cp, lengths)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        queries = q.split([length // size for length in lengths], dim=2)
+        samples = zip(queries, k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+        out = torch.cat([self._attend_sample(*sample) for sample in samples], dim=2)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _attend_sample(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Shapes: q (B, N, S / cp, D), k and v (B, G, S, D) -> (B, N, S / cp, D)."""
+        positions = zigzag(k.size(2), self.cp.size(), self.cp.rank())
         if self.softcap or self.softmax_offset is not None:
-            scale, sinks = self.scale or query.size(-1) ** -0.5, self.softmax_offset
-            out = causal_attention(
+            scale, sinks = self.scale or q.size(-1) ** -0.5, self.softmax_offset
+            return causal_attention(
                 q, k, v, positions, window=self.window, scale=scale, softcap=self.softcap, sinks=sinks
             )
-        else:
-            masked = self.cp.size() > 1 or self.window
-            mask = visible(positions.to(query.device), 0, key.size(0), self.window) if masked else None
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
-            )
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+        masked = self.cp.size() > 1 or self.window
+        mask = visible(positions.to(q.device), 0, k.size(2), self.window) if masked else None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -84,19 +109,11 @@ class Attention(MegatronModule):
         return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets, **groups)
 
 
-def zigzag(length: int, size: int, rank: int) -> Tensor:
-    """Positions of a sequence that `rank` of `size` context-parallel ranks holds: chunks `rank` and `2*size-1-rank`."""
-    if size == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
-
-
-def _whole_sequence(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+def _whole_sequence(x: Tensor, group: torch.distributed.ProcessGroup, lengths: Sequence[int]) -> Tensor:
     """All ranks' tokens in order. Its gradient is the reduce-scatter, the sum over the ranks that used a token."""
     size = group.size()
     gathered = gather_from_sequence_parallel_region(x.contiguous(), tensor_parallel_output_grad=True, group=group)
-    order = torch.cat([zigzag(gathered.size(0), size, rank) for rank in range(size)])
+    order = torch.cat([held_positions(lengths, size, rank) for rank in range(size)])
     return gathered.index_select(0, order.argsort().to(x.device))
 
 

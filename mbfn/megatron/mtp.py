@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from mbfn.config.model import ModelConfig
 from mbfn.convert.table import Impl
 from mbfn.megatron.device import attributes
 from mbfn.megatron.specs import layer_norm, layer_submodules
+
+_PASSED = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "padding_mask", "packed_seq_params")
 
 
 def mtp_spec(model: ModelConfig, impl: Impl) -> MultiTokenPredictionBlockSubmodules | None:
@@ -56,36 +60,45 @@ class FurtherTokens(GPTModel):
             return super()._postprocess(hidden_states, *args, labels=labels, **inputs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if labels is not None:
-            names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "padding_mask")
-            passed = {name: inputs[name] for name in names}
+            passed = {name: inputs[name] for name in _PASSED}
             ahead = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **passed)
             hidden_states, *further = ahead.chunk(1 + self.config.mtp_num_layers)
-            losses = self._further_losses(further, labels, inputs["loss_mask"], weight)
+            roll = partial(
+                roll_tensor,
+                shifts=-1,
+                dims=-1,
+                cp_group=self.cp_group,
+                packed_seq_params=inputs["packed_seq_params"],  # the last token of a sample has no further one
+            )
+            losses = self._further_losses(further, (labels, inputs["loss_mask"]), weight, roll)
             hidden_states = MTPLossAutoScaler.apply(hidden_states, losses)
         logits = self._scale_logits(self.output_layer(hidden_states, weight=weight)[0])
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 
-    def _further_losses(self, further: list[Tensor], labels: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
+    def _further_losses(
+        self, further: list[Tensor], wanted: tuple[Tensor, Tensor], weight: Tensor | None, roll: Callable
+    ) -> Tensor:
         """Each token's part of the added loss, counted in tokens of the main loss.
 
         A mean over the tokens that have a further one, as Megatron has it: their sum is divided by their number and
         multiplied by that of the main loss, which divides all gradients later. Shapes: labels, mask (B, S) -> (B, S).
         """
-        whole, cp = _count(mask, self.cp_group), self.cp_group
+        (labels, mask), cp = wanted, self.cp_group
+        whole = _count(mask, cp)
         total = torch.zeros_like(mask)
         for hidden in further:
-            labels, _ = roll_tensor(labels, shifts=-1, dims=-1, cp_group=cp)
-            mask, _ = roll_tensor(mask, shifts=-1, dims=-1, cp_group=cp)
+            (labels, _), (mask, _) = roll(labels), roll(mask)
             logits = self._scale_logits(self.output_layer(hidden, weight=weight)[0])
-            share = whole / _count(mask, cp).clamp(min=1)
+            count = _count(mask, cp)
+            share = whole / torch.where(count == 0, 1.0, count)
             total = total + self.compute_language_model_loss(labels, logits) * mask * share
         return total * (self.config.mtp_loss_scaling_factor / len(further))
 
 
 def _count(mask: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Tokens that count, over all parts of the sequences."""
+    """Weights of the tokens, over all parts of the sequences."""
     count = mask.sum()
     if group.size() > 1:
         dist.all_reduce(count, group=group)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mbfn.megatron.modules import zigzag
+from mbfn.megatron.packed import zigzag
 from mbfn.megatron.scores import causal_attention
 
 LENGTH = 29
