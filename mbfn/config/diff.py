@@ -22,6 +22,7 @@ EFFECTS: Mapping[str, Effect] = {
     "peft": "numerics",
     "data": "numerics",
     "data.cache": "bookkeeping",
+    "data.workers": "speed",
     "optim": "numerics",
     "optim.overlap_grad_reduce": "speed",
     "optim.overlap_param_gather": "speed",

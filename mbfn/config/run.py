@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from mbfn.config.data import DataConfig
+from mbfn.config.data import DataConfig, TextData, row_problems
 from mbfn.config.guard import GuardConfig
 from mbfn.config.layout import layout_problems
 from mbfn.config.model import ModelConfig
@@ -29,7 +29,7 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     peft: PeftConfig = PeftConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = TextData()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -62,7 +62,7 @@ class RunConfig:
 
 
 def _batch_problems(run: RunConfig) -> list[tuple[str, str]]:
-    problems: list[tuple[str, str]] = []
+    problems = row_problems(run.data, run.train.micro_batch_size)
     train, parallel = run.train, run.parallel
     require(
         run.model.moe is None or parallel.tp == 1 or parallel.sequence_parallel,

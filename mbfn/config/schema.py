@@ -19,6 +19,13 @@ def schema(cls: type) -> dict[str, Any]:
     return {field.name: _default(cls, field) for field in dataclasses.fields(cls) if field.init}
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """`schema(type(config))` where a union of dataclasses holds the schema of the member that `config` has."""
+    found = schema(type(config))
+    values = {name: getattr(config, name) for name, default in found.items() if default == {}}
+    return found | {name: schema(type(value)) for name, value in values.items() if dataclasses.is_dataclass(value)}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The fields of a frozen config as nested dicts, lists and scalars; `build(type(config), ...)` is its inverse."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}

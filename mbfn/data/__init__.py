@@ -1,6 +1,7 @@
-"""Training data as index maps: text is tokenised once into a memory-mapped file, a batch is a function of the step."""
+"""Training data as index maps: tokens lie in memory-mapped files, a batch is a function of the step."""
 
-from mbfn.data.batches import micro_batches, train_rows, valid_rows
-from mbfn.data.dataset import Dataset, open_dataset
+from mbfn.data.batches import read_batch
+from mbfn.data.dataset import Dataset, Split, open_dataset
+from mbfn.data.loader import prefetched
 
-__all__ = ["Dataset", "micro_batches", "open_dataset", "train_rows", "valid_rows"]
+__all__ = ["Dataset", "Split", "open_dataset", "prefetched", "read_batch"]

@@ -3,61 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mbfn.config.run import RunConfig
-from mbfn.data.dataset import Dataset
-from mbfn.data.order import permuted
+from mbfn.data.dataset import Split
+from mbfn.data.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Batch = tuple[Mapping[str, Tensor], ...]
 
-def train_rows(dataset: Dataset, run: RunConfig, step: int) -> NDArray[np.int64]:
-    """The global batch that update number `step` (from 0) learns from, every epoch in an order of its own.
 
-    Shapes: (global_batch_size, seq_length + 1)
+def read_batch(split: Split, run: RunConfig, number: int, dp_rank: int) -> Batch:
+    """The micro-batches that data-parallel replica `dp_rank` accumulates for global batch `number` (from 0).
+
+    Shapes: num_microbatches of tokens, labels, position_ids int64 and loss_mask float32
+    (micro_batch_size, seq_length), with cu_seqlens (N + 1,) int32 where rows are packed.
     """
-    size = run.train.global_batch_size
-    samples = step * size + np.arange(size)
-    epochs, positions = np.divmod(samples, dataset.train_windows)
-    indices = np.empty_like(samples)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = permuted(positions[chosen], dataset.train_windows, run.train.seed, int(epoch))
-    return dataset.windows(indices)
+    return micro_batches(split.read(replica_rows(run, number, dp_rank)), run)
 
 
-def valid_rows(dataset: Dataset, run: RunConfig, batch: int) -> NDArray[np.int64]:
-    """Held-out batch number `batch`, the same at every evaluation.
-
-    Shapes: (global_batch_size, seq_length + 1)
-    """
-    size = run.train.global_batch_size
-    samples = (batch * size + np.arange(size)) % dataset.valid_windows
-    return dataset.windows(dataset.train_windows + samples)
+def replica_rows(run: RunConfig, number: int, dp_rank: int) -> NDArray[np.int64]:
+    """The numbers of the rows that a replica reads of a global batch, micro-batch after micro-batch."""
+    size, micro = run.train.global_batch_size, run.train.micro_batch_size
+    rows = number * size + np.arange(size)
+    return rows.reshape(run.num_microbatches, run.parallel.data_parallel_size, micro)[:, dp_rank].reshape(-1)
 
 
-def micro_batches(rows: NDArray[np.int64], run: RunConfig, dp_rank: int) -> tuple[Mapping[str, Tensor], ...]:
-    """The micro-batches that data-parallel replica `dp_rank` accumulates for the global batch `rows`.
-
-    Shapes: rows (global_batch_size, seq_length + 1) -> num_microbatches of int64 (micro_batch_size, seq_length)
-    """
+def micro_batches(rows: Rows, run: RunConfig) -> Batch:
+    """A replica's rows as the tensors of its micro-batches."""
     import torch
 
-    replicas = run.parallel.data_parallel_size
-    own = rows.reshape(run.num_microbatches, replicas, run.train.micro_batch_size, -1)[:, dp_rank]
-    tokens = torch.from_numpy(np.ascontiguousarray(own))
-    positions = torch.arange(tokens.shape[-1] - 1).expand(tokens.shape[1], -1).contiguous()
-    return tuple(
-        {
-            "tokens": micro[:, :-1].contiguous(),
-            "labels": micro[:, 1:].contiguous(),
-            "loss_mask": torch.ones_like(positions),
-            "position_ids": positions,
-        }
-        for micro in tokens
-    )
+    def cut(values: NDArray[np.generic]) -> tuple[Tensor, ...]:
+        return torch.from_numpy(np.ascontiguousarray(values)).split(run.train.micro_batch_size)
+
+    fields = {name: cut(getattr(rows, name)) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+    if rows.segments is not None:
+        bounds = (list(accumulate(lengths, initial=0)) for lengths in rows.segments)
+        fields["cu_seqlens"] = tuple(torch.tensor(row, dtype=torch.int32) for row in bounds)
+    return tuple(dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True))

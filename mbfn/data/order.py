@@ -22,6 +22,16 @@ def permuted(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> 
     return values.astype(np.int64)
 
 
+def shuffled(numbers: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """The indices of an endless sequence in which every `size` numbers are one epoch in an order of its own."""
+    epochs, positions = np.divmod(numbers, size)
+    indices = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = permuted(positions[chosen], size, seed, int(epoch))
+    return indices
+
+
 def _feistel(
     values: NDArray[np.unsignedinteger], half: int, keys: NDArray[np.unsignedinteger]
 ) -> NDArray[np.unsignedinteger]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mbfn.config.run import RunConfig
 from mbfn.data.files import cached
 from mbfn.data.text import blocks, text_digest
@@ -43,6 +45,11 @@ class TokenizerFiles:
         """A name for what the tokenizer does."""
         return hashlib.sha256(self.files[0].read_bytes()).hexdigest()[:16]
 
+    @property
+    def directory(self) -> Path:
+        """Where the files are."""
+        return self.files[0].parent
+
     def load(self) -> tokenizers.Tokenizer:
         """The tokenizer, without truncation or padding.
 
@@ -59,19 +66,29 @@ class TokenizerFiles:
         return loaded
 
 
-def find_tokenizer(run: RunConfig, documents: Sequence[str]) -> TokenizerFiles:
+def find_tokenizer(run: RunConfig, documents: Sequence[str], cache: str) -> TokenizerFiles:
     """The tokenizer that `data.tokenizer` names, trained now if it has to be and the cache has none.
 
     Raises: DataError for one that is missing, or larger than the model's vocabulary.
     """
-    if run.data.tokenizer != "auto":
-        found = _open(Path(run.data.tokenizer).expanduser())
-    elif run.init.hf is not None and _has_tokenizer(Path(run.init.hf).expanduser()):
-        found = _open(Path(run.init.hf).expanduser())
-    else:
-        found = _trained(run, documents)
-    _check_size(found, run)
+    found = given_tokenizer(run) or _trained(run, documents, cache)
+    check_size(found, run)
     return found
+
+
+def given_tokenizer(run: RunConfig) -> TokenizerFiles | None:
+    """The tokenizer that `data.tokenizer` names, or with `auto` the one of `init.hf`; none where neither does."""
+    if run.data.tokenizer not in ("auto", None):
+        return open_tokenizer(Path(run.data.tokenizer).expanduser())
+    if run.init.hf is not None and _has_tokenizer(Path(run.init.hf).expanduser()):
+        return open_tokenizer(Path(run.init.hf).expanduser())
+    return None
+
+
+def token_dtype(tokenizer: tokenizers.Tokenizer, *others: int | None) -> type[np.unsignedinteger]:
+    """The smallest type that holds every token, and `others`: a model's end of text may lie beyond the tokenizer's."""
+    largest = max(*tokenizer.get_vocab().values(), *(token or 0 for token in (0, *others)))
+    return np.uint16 if largest < 1 << 16 else np.uint32
 
 
 def copy_tokenizer(tokenizer: TokenizerFiles, directory: Path) -> None:
@@ -109,7 +126,7 @@ def train_bpe(documents: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer
     return tokenizer
 
 
-def _trained(run: RunConfig, documents: Sequence[str]) -> TokenizerFiles:
+def _trained(run: RunConfig, documents: Sequence[str], cache: str) -> TokenizerFiles:
     import tokenizers
 
     size = run.model.vocab_size
@@ -129,7 +146,7 @@ def _trained(run: RunConfig, documents: Sequence[str]) -> TokenizerFiles:
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    return _open(cached(run.data.cache, f"tokenizer-{text_digest(documents)}-{size}-v{version}", make))
+    return open_tokenizer(cached(cache, f"tokenizer-{text_digest(documents)}-{size}-v{version}", make))
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -144,7 +161,8 @@ def _has_tokenizer(directory: Path) -> bool:
     return False
 
 
-def _open(path: Path) -> TokenizerFiles:
+def open_tokenizer(path: Path) -> TokenizerFiles:
+    """The tokenizer of a directory or of a tokenizer.json. Raises: DataError where there is none."""
     if path.is_file():
         return TokenizerFiles((path,))
     if not (path / "tokenizer.json").is_file():
@@ -152,7 +170,8 @@ def _open(path: Path) -> TokenizerFiles:
     return TokenizerFiles(tuple(path / name for name in _CARRIED if (path / name).is_file()))
 
 
-def _check_size(tokenizer: TokenizerFiles, run: RunConfig) -> None:
+def check_size(tokenizer: TokenizerFiles, run: RunConfig) -> None:
+    """Raises: DataError for a tokenizer that is larger than the model's vocabulary."""
     size = max(tokenizer.load().get_vocab().values(), default=-1) + 1
     if size > run.model.vocab_size:
         raise DataError(

@@ -28,9 +28,9 @@ def snapshot(overrides: Sequence[str]) -> Snapshot:
 
 def of_run(run: Any) -> Snapshot:
     """The snapshot of a frozen RunConfig."""
-    from mbfn.config.schema import schema, to_dict
+    from mbfn.config.schema import defaults_of, to_dict
 
-    return {"config": to_dict(run), "defaults": schema(type(run)), "facts": _facts(run)}
+    return {"config": to_dict(run), "defaults": defaults_of(run), "facts": _facts(run)}
 
 
 def _facts(run: Any) -> dict[str, Any]:

@@ -55,13 +55,15 @@ def test_every_option_composes_and_says_what_it_is(option: str) -> None:
     assert header(conf_dir() / f"{option}.yaml"), "the first line has to be a comment"
     model = "llama31_405b" if "account_for" in (conf_dir() / f"{option}.yaml").read_text() else "llama31_70b"
     overrides = [f"model={model}", "train.global_batch_size=512", "train.micro_batch_size=1", "train.seq_length=8192"]
-    config = compose(*(overrides if group == "parallel" else []), f"{group}={name}")
+    needed = [*(overrides if group == "parallel" else []), *_NEEDED.get(option, [])]
+    config = compose(*needed, f"{group}={name}")
     if group == "parallel" and name != "single":
         sizes = "".join(f"{key}{size}" for key in _SIZES if (size := getattr(config.parallel, key)) > 1)
         assert sizes == name
         assert config.parallel.sequence_parallel is (config.parallel.tp > 1)
 
 
+_NEEDED = {"data/chat": ["data.path=chats.jsonl"], "data/indexed": ["data.path=corpus"]}
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 
 

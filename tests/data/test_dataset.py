@@ -30,8 +30,8 @@ def text(tmp_path: Path) -> Path:
 def test_tokens_are_the_text(tmp_path: Path, text: Path) -> None:
     data = open_dataset(make_run(tmp_path / "cache", data={"path": str(text)}))
     tokenizer = data.tokenizer.load()
-    assert data.tokens[-1] == tokenizer.token_to_id("<|endoftext|>")
-    assert tokenizer.decode(data.tokens[:-1].tolist()) == TEXT
+    assert data.train.tokens[-1] == tokenizer.token_to_id("<|endoftext|>")
+    assert tokenizer.decode(data.train.tokens[:-1].tolist()) == TEXT
 
 
 def test_a_second_run_reads_the_cache(tmp_path: Path, text: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_second_run_reads_the_cache(tmp_path: Path, text: Path) -> None:
     entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     second = open_dataset(run)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == entries
-    assert np.array_equal(first.tokens, second.tokens)
+    assert np.array_equal(first.train.tokens, second.train.tokens)
     text.write_text(TEXT + "more\n")
     assert open_dataset(run).digest != first.digest
 
@@ -48,7 +48,7 @@ def test_a_second_run_reads_the_cache(tmp_path: Path, text: Path) -> None:
 def test_an_end_of_text_beyond_the_tokenizer(tmp_path: Path, text: Path) -> None:
     run = make_run(tmp_path / "cache", vocab_size=70000, data={"path": str(text)})
     run = replace(run, model=replace(run.model, eos_token_id=(69999,)))
-    assert open_dataset(run).tokens[-1] == 69999
+    assert open_dataset(run).train.tokens[-1] == 69999
 
 
 def test_a_directory_is_its_text_files_in_order(tmp_path: Path) -> None:
@@ -56,17 +56,17 @@ def test_a_directory_is_its_text_files_in_order(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
     data = open_dataset(make_run(tmp_path / "cache", data={"path": str(tmp_path)}))
     end = data.tokenizer.load().token_to_id("<|endoftext|>")
-    assert np.flatnonzero(data.tokens == end)[-1] == len(data.tokens) - 1
+    assert np.flatnonzero(data.train.tokens == end)[-1] == len(data.train.tokens) - 1
     first, second, rest = (
-        data.tokenizer.load().decode(data.tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+        data.tokenizer.load().decode(data.train.tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")
     )
     assert (first, second, rest) == ("first " * 80, "second " * 80, "")
 
 
 def test_the_default_text_is_long_enough_for_the_default_run(tmp_path: Path) -> None:
     data = open_dataset(make_run(tmp_path / "cache", vocab_size=2048, seq_length=128))
-    assert data.train_windows > 500
-    assert data.valid_windows > 20
+    assert data.train.count > 500
+    assert data.valid.count > 20
 
 
 def test_ranks_may_ask_for_the_same_data_at_once(tmp_path: Path, text: Path) -> None:
