@@ -2,118 +2,197 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from mbfn.config.run import RunConfig
-from mbfn.megatron.modules import zigzag
+from mbfn.megatron.device import attributes
+from mbfn.megatron.losses import Loss, MicroBatch, Sums, Term
 from mbfn.megatron.optimizer import Models, set_rates, zero_gradients
+from mbfn.megatron.packed import own_part
+from mbfn.megatron.update import Judge, no_fault, update
 from mbfn.megatron.world import World
 
-MicroBatch = Mapping[str, Tensor]
+TOKENS = Loss()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step was: the same on every rank."""
 
-    loss: float  # mean over the tokens of the global batch, before the update
+    loss: float  # over the global batch, before the update: the sum of its terms over the sum of their weights
     grad_norm: float  # of the whole gradient, before clipping
     tokens: int  # that the loss counted
-    skipped: bool  # fp16 overflow: the weights did not change
+    skipped: bool  # the weights did not change: fp16 overflow, or a fault
+    fault: str = ""  # what the judge found
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the loss, by the names it gives
+    loss_scale: float | None = None  # what fp16 gradients were multiplied by in this step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A global batch as a loss sees it, on every rank."""
+
+    loss: float
+    weight: float
+    tokens: int
+    metrics: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The loss; 0 where nothing counts."""
+        return self.loss / self.weight if self.weight else 0.0
 
 
 def train_step(
-    run: RunConfig, world: World, models: Models, micro_batches: Sequence[MicroBatch], *, lr: float
+    run: RunConfig,
+    world: World,
+    models: Models,
+    micro_batches: Sequence[Mapping[str, Tensor]],
+    *,
+    lr: float,
+    loss: Loss = TOKENS,
+    judge: Judge = no_fault,
 ) -> StepResult:
     """Update the weights once from this data-parallel rank's micro-batches of whole sequences. Collective."""
     set_rates(models.optimizer, lr=lr, weight_decay=run.optim.weight_decay)
     zero_gradients(models)
-    loss_sum, tokens = forward_backward(run, world, models, micro_batches, forward_only=False)
-    done, norm, _ = models.optimizer.step()
+    found = forward_backward(run, world, models, micro_batches, loss=loss, forward_only=False)
+    result = update(models.optimizer, found.mean, judge)
     return StepResult(
-        loss=loss_sum / max(tokens, 1),
-        grad_norm=math.nan if norm is None else float(norm),
-        tokens=tokens,
-        skipped=not done,
+        loss=found.mean,
+        grad_norm=result.grad_norm,
+        tokens=found.tokens,
+        skipped=not result.done,
+        fault=result.fault,
+        metrics=found.metrics,
+        loss_scale=None,
     )
 
 
-def eval_step(run: RunConfig, world: World, models: Models, micro_batches: Sequence[MicroBatch]) -> float:
-    """The mean token loss of a global batch; changes nothing. Collective."""
+def eval_step(
+    run: RunConfig,
+    world: World,
+    models: Models,
+    micro_batches: Sequence[Mapping[str, Tensor]],
+    *,
+    loss: Loss = TOKENS,
+) -> float:
+    """The loss of a global batch; changes nothing. Collective."""
     for ddp in models.ddp:
         ddp.eval()
     with torch.no_grad():
-        loss_sum, tokens = forward_backward(run, world, models, micro_batches, forward_only=True)
+        found = forward_backward(run, world, models, micro_batches, loss=loss, forward_only=True)
     for ddp in models.ddp:
         ddp.train()
-    return loss_sum / max(tokens, 1)
+    return found.mean
 
 
 def forward_backward(
-    run: RunConfig, world: World, models: Models, micro_batches: Sequence[MicroBatch], *, forward_only: bool
-) -> tuple[float, int]:
-    """Loss summed over the global batch's tokens, and their number, on every rank; gradients are of the mean.
+    run: RunConfig,
+    world: World,
+    models: Models,
+    micro_batches: Sequence[Mapping[str, Tensor]],
+    *,
+    loss: Loss = TOKENS,
+    forward_only: bool,
+) -> Measured:
+    """The loss of the global batch, on every rank; gradients are of its mean.
 
-    Shapes: each micro-batch has tokens, labels, position_ids (B, S) int64 and loss_mask (B, S).
+    Shapes: each micro-batch has tokens, labels, position_ids (B, S) int64 and loss_mask (B, S), the weights of tokens.
+    A packed one has B = 1 and cu_seqlens (N + 1,): where its N samples begin and the last ends.
     """
     schedule = get_forward_backward_func(
         pp_size=run.parallel.pp, vp_size=models.config.virtual_pipeline_model_parallel_size
     )
-    own = [_slice(batch, world) for batch in micro_batches]
+    parts = [own_part(batch, world) for batch in micro_batches]
+    own = loss.prepare(_reweighted(parts, world) if run.model.moe else parts)
     single = len(models.ddp) == 1
-    records = schedule(
-        forward_step_func=_forward_step,
-        data_iterator=iter(own) if single else [iter(own) for _ in models.ddp],
-        model=models.ddp[0] if single else list(models.ddp),
-        num_microbatches=len(own),
-        seq_length=run.train.seq_length,
-        micro_batch_size=run.train.micro_batch_size,
-        forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(pp_group=world.groups.pp, config=models.config),
-        pg_collection=world.groups,
-    )
-    return _total(records, world)
+    records: list[Sums] = []
+    finalize = attributes(models.config, {"finalize_model_grads_func": partial(_finalize, records, world)})
+    with nullcontext() if forward_only else finalize:
+        schedule(
+            forward_step_func=partial(_forward_step, loss, records),
+            data_iterator=iter(own) if single else [iter(batches) for batches in [list(own)] * len(models.ddp)],
+            model=models.ddp[0] if single else list(models.ddp),
+            num_microbatches=len(parts),
+            seq_length=run.train.seq_length,
+            micro_batch_size=run.train.micro_batch_size,
+            forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(pp_group=world.groups.pp, config=models.config),
+            pg_collection=world.groups,
+        )
+    return _measured(records, loss.metrics, world)
 
 
-def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+def _forward_step(
+    loss: Loss, records: list[Sums], batches: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
     batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return losses, partial(_loss, batch["loss_mask"])
+    output, added = loss.forward(model, batch)
+    if added:
+        records.append(added)
+    return output, partial(_measure, loss, records, batch)
 
 
-def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum and count, which Megatron divides once for the whole step: exact however tokens fall into micro-batches."""
-    total = (losses.float() * mask).sum()
-    count = mask.sum()
-    record = {"loss": total.detach().double(), "tokens": count.double()}
-    return total, count.to(torch.int), record
+def _measure(
+    loss: Loss, records: list[Sums], batch: MicroBatch, output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The total that Megatron takes the gradient of. Its own count, of integers, goes unused: see `_finalize`."""
+    term: Term = loss.function(output, batch)
+    tokens = (batch["loss_mask"] > 0).sum()
+    records.append({"loss": term.total.detach(), "weight": term.weight.detach(), "tokens": tokens, **term.metrics})
+    return term.total, torch.ones((), dtype=torch.int, device=output.device), {}
 
 
-def _total(records: list[dict[str, Tensor]], world: World) -> tuple[float, int]:
+def _finalize(records: list[Sums], world: World, chunks: list, num_tokens: Tensor, **settings: Any) -> None:
+    """Megatron's, but the gradients are divided by the weights of the whole step, which may be fractions."""
+    del num_tokens
+    finalize_model_grads(chunks, None, **settings)
+    weight = _totals(records, ("weight",), world)[0]
+    share = torch.where(weight == 0, 1.0, 1 / weight).float()
+    for chunk in chunks:
+        chunk.scale_gradients(share)
+
+
+def _totals(records: Sequence[Sums], names: Sequence[str], world: World) -> Tensor:
+    """Sums over the records of all ranks. Only the last stage measures, others may add."""
     zero = torch.zeros((), dtype=torch.float64, device=world.device)
-    totals = torch.stack([sum((r[key] for r in records), zero) for key in ("loss", "tokens")])
+    totals = torch.stack([sum((r[name].double() for r in records if name in r), zero) for name in names])
     dist.all_reduce(totals, group=world.groups.dp_cp)
-    dist.all_reduce(totals, group=world.groups.pp)  # only the last stage has records
-    loss, tokens = totals.tolist()
-    return loss, int(tokens)
+    dist.all_reduce(totals, group=world.groups.pp)
+    return totals
 
 
-def _slice(batch: MicroBatch, world: World) -> dict[str, Any]:
-    """The part of the sequences that this context-parallel rank works on, on its device."""
-    place, size = world.coordinates.cp, world.parallel.cp
-    moved = {name: value.to(world.device, non_blocking=True) for name, value in batch.items()}
-    moved["loss_mask"] = moved["loss_mask"].float()
-    if size == 1:
-        return moved
-    positions = zigzag(batch["tokens"].size(1), size, place).to(world.device)
-    return {name: value.index_select(1, positions) for name, value in moved.items()}
+def _measured(records: Sequence[Sums], metrics: Sequence[str], world: World) -> Measured:
+    loss, weight, tokens, *sums = _totals(records, ("loss", "weight", "tokens", *metrics), world).tolist()
+    means = {name: total / weight if weight else 0.0 for name, total in zip(metrics, sums, strict=True)}
+    return Measured(loss=loss, weight=weight, tokens=int(tokens), metrics=means)
+
+
+def _reweighted(parts: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
+    """The same shares of the loss in weights whose mean over all tokens is 1.
+
+    Megatron gives the balance loss of experts a weight of 1 for each token, so it would count for more the fewer
+    tokens are learned from, or the longer samples with weights of 1 / n are.
+    """
+    masks = [part["loss_mask"] for part in parts]
+    sums = torch.stack([torch.stack([mask.double().sum() for mask in masks]).sum(), _size(masks, world)])
+    dist.all_reduce(sums, group=world.groups.dp_cp)
+    weight, tokens = sums
+    factor = torch.where(weight == 0, 1.0, tokens / weight).float()
+    return [{**part, "loss_mask": part["loss_mask"] * factor} for part in parts]
+
+
+def _size(masks: Sequence[Tensor], world: World) -> Tensor:
+    return torch.tensor(float(sum(mask.numel() for mask in masks)), dtype=torch.float64, device=world.device)
