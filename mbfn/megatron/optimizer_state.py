@@ -12,11 +12,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from mbfn.megatron.device import attributes
+from mbfn.megatron.optimizer_boxes import box_methods
 
 
 def prime(optimizer: MegatronOptimizer) -> None:
-    """Make torch's AdamW state as its first step would: a checkpoint before that step, and loading one, need it."""
+    """Make states as the first step would: a checkpoint before that step, and loading one, need them."""
     for part in _parts(optimizer):
+        if type(part.optimizer).__name__ in ("SGD", "FusedSGD"):
+            part.init_state_fn = _no_momentum  # Megatron has none for SGD, and calls it before it loads
+            _no_momentum(part.optimizer)
         if not isinstance(part.optimizer, torch.optim.AdamW):
             continue
         for group in part.optimizer.param_groups:
@@ -28,15 +32,22 @@ def prime(optimizer: MegatronOptimizer) -> None:
                 }
 
 
+def _no_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+
+
 @contextlib.contextmanager
 def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Inside, distributed optimizers give and take every state in fp32, master weights whole."""
+    """Inside, distributed optimizers give and take their own share of every state, in fp32, master weights whole."""
     with contextlib.ExitStack() as stack:
         for part in _parts(optimizer):
             if isinstance(part, DistributedOptimizer):
                 changed: dict[str, Any] = {
                     "_get_main_param_and_optimizer_states": _getter(part),
                     "_set_main_param_and_optimizer_states": _setter(part),
+                    **box_methods(part),
                 }
                 if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state:
                     changed["state_dict"] = _empty_state(part, _step(optimizer))
@@ -46,11 +57,27 @@ def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 def load_optimizer(optimizer: MegatronOptimizer, state: Any) -> None:
     """Set an optimizer from what `dist_checkpointing.load` returned for it, so that the next step is the one it had."""
+    parts = _parts(optimizer)
+    whole = _as_many(state, len(parts))
+    for number, part in enumerate(parts):
+        _with_step(whole if len(parts) == 1 else whole[number], part)
     with exact_states(optimizer):
-        optimizer.load_state_dict(_as_many(state, len(_parts(optimizer))))
+        optimizer.load_state_dict(whole)
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             _own_steps(part.optimizer)
+
+
+def before_update(optimizer: MegatronOptimizer, wait: Callable[[], None]) -> None:
+    """Have the next update of each part call `wait` before it changes anything."""
+    for part in _parts(optimizer):
+        handles: list[Any] = []
+
+        def once(*_: Any, handles: list[Any] = handles) -> None:
+            handles.pop().remove()
+            wait()
+
+        handles.append(part.optimizer.register_step_pre_hook(once))
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
@@ -86,6 +113,13 @@ def _as_many(state: dict, parts: int) -> dict:
         experts = common | {"optimizer": common["optimizer"] | {"param_groups": groups}}
         return {0: common | state.get(0, {}), 1: experts | state.get(1, {})}
     return state
+
+
+def _with_step(state: dict[str, Any], part: Any) -> None:
+    """Megatron leaves out the step of an optimizer that has made none, as when fp16 overflowed so far."""
+    states = state.get("optimizer", state).get("state")
+    if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer) and states:
+        states.setdefault("common_step", torch.tensor(0.0))
 
 
 def _empty_state(part: DistributedOptimizer, step: float) -> Callable[[], dict[str, Any]]:

@@ -25,7 +25,7 @@ MANIFEST = "mbfn.json"
 FORMAT_VERSION = 1
 _PACKAGES = ("mbfn", "torch", "safetensors", "megatron-core")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def clear_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise CheckpointError(f"{target}: the disk is full or its quota reached; nothing was left there") from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise CheckpointError(f"{target}: cannot be written: {error.strerror} ({error.filename})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -11,6 +11,7 @@ from mbfn.megatron.optimizer_state import join_master, master_remainder
 
 
 @given(arrays.arrays("float32", st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+@settings(deadline=None)
 def test_a_weight_is_its_rounding_and_the_remainder(values: object) -> None:
     master = torch.as_tensor(values)
     remainder = master_remainder(master)
