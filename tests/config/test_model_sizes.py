@@ -62,6 +62,13 @@ PUBLISHED = {  # tied embeddings counted once
     "deepseek_v2_lite": 15_706_484_224,
     "deepseek_v2": 235_741_434_880,
     "deepseek_v3": 671_026_419_200,
+    "mistral_nemo_12b": 12_247_782_400,
+    "mistral_small3_24b": 23_572_403_200,
+    "qwen2_57b_a14b": 57_408_658_944,
+    "qwen3_coder_480b_a35b": 480_154_875_392,
+    "gemma3_4b": 3_880_263_168,
+    "gemma3_12b": 11_766_034_176,
+    "gemma3_27b": 27_009_346_304,
 }
 
 
