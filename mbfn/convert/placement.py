@@ -66,14 +66,14 @@ def _chunk_tensors(
     share = table.sizes[EXPERT] // parallel.ep
     experts = (None, *range(place.ep * share, (place.ep + 1) * share))
     if first:
-        yield from at["first", None, None]
+        yield from at.get(("first", None, None), ())
     for layer in layers:
         for expert in experts:
             yield from at.get(("layer", layer, expert), ())
     if last:
-        yield from (tensor for tensor in at["last", None, None] if not (tensor.rule.tied and first))
+        yield from (tensor for tensor in at.get(("last", None, None), ()) if not (tensor.rule.tied and first))
         if table.model.mtp_num_layers and not first:
-            yield from at["first", None, None]
+            yield from at.get(("first", None, None), ())
         for layer in range(table.model.mtp_num_layers):
             for expert in experts:
                 yield from at.get(("mtp", layer, expert), ())

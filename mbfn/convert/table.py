@@ -64,8 +64,12 @@ class GlobalTensor:
 class Table:
     """The rules of one model, expanded over its layers and experts: the index map between the two worlds."""
 
-    def __init__(self, model: ModelConfig, rules: tuple[Rule, ...], sizes: Sizes) -> None:
+    def __init__(
+        self, model: ModelConfig, rules: tuple[Rule, ...], sizes: Sizes, *, stacked_layers: bool | None = None
+    ) -> None:
         self.model, self.rules, self.sizes = model, rules, sizes
+        alike = model.moe is None or not model.moe.dense_layers
+        self.stacked_layers = alike if stacked_layers is None else stacked_layers  # one tensor of a checkpoint for all
 
     @cached_property
     def tensors(self) -> Mapping[str, GlobalTensor]:

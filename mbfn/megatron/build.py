@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mbfn.config.run import RunConfig
+from mbfn.megatron.adapt import Adaptation
 from mbfn.megatron.model import LanguageModel, build_chunks
 from mbfn.megatron.optimizer import Models, gathered, wrap
 from mbfn.megatron.settings import choose_impl, transformer_config
@@ -14,25 +15,33 @@ from mbfn.megatron.weights import chunk_tensors, load_weights, random_weights
 from mbfn.megatron.world import World
 
 
-def build(run: RunConfig, world: World, weights: Mapping[str, Tensor] | None) -> Models:
+def build(
+    run: RunConfig, world: World, weights: Mapping[str, Tensor] | None, adaptation: Adaptation | None = None
+) -> Models:
     """This rank's models and optimizer. Collective.
 
     `weights` is what `mbfn.to_megatron` gives for this rank; none: random by `train.seed`, the same in every layout.
+    `adaptation` changes the layers before they are built, as adapters do.
 
     Raises: ConversionError for weights that are not exactly the model's.
     """
-    chunks = build_model(run, world, weights)
+    chunks = build_model(run, world, weights, adaptation)
     return wrap(run, world, chunks, chunks[0].config, impl=choose_impl(world.device))
 
 
-def build_model(run: RunConfig, world: World, weights: Mapping[str, Tensor] | None) -> tuple[LanguageModel, ...]:
+def build_model(
+    run: RunConfig, world: World, weights: Mapping[str, Tensor] | None, adaptation: Adaptation | None = None
+) -> tuple[LanguageModel, ...]:
     """This rank's model chunks with their weights, as `build` makes them, and nothing to train them with."""
     impl = choose_impl(world.device)
     config = transformer_config(run, world)
-    chunks = build_chunks(run.model, run.parallel, config, world.groups, impl=impl)
+    adapt = None if adaptation is None else adaptation.linear
+    chunks = build_chunks(run.model, run.parallel, config, world.groups, impl=impl, adapt=adapt)
     if weights is None:
         weights = random_weights(run.model, run.parallel, seed=run.train.seed, rank=world.rank, impl=impl)
-    load_weights(chunks, weights)
+    load_weights(chunks, weights if adaptation is None else adaptation.weights(weights))
+    if adaptation is not None:
+        adaptation.prepare(chunks)
     return chunks
 
 

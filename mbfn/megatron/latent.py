@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,15 +78,27 @@ class LatentAttention(MLASelfAttention):
     linear_q_down_proj: torch.nn.Module
     linear_kv_down_proj: torch.nn.Module
 
-    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        *args: Any,
+        adapt: Mapping[str, Callable[[type], type]] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
         with attributes(multi_latent_attention, {"YarnRotaryEmbedding": Yarn}):
             super().__init__(config, *args, **kwargs)
-        if isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
-            # The constructor takes no class but those it knows; cut over ranks the projection would not fit its rule.
-            tp = self.pg_collection.tp
-            if config.q_lora_rank is not None:
-                self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank, tp)
-            self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim, tp)
+        sizes = {"linear_kv_down_proj": config.kv_lora_rank + config.qk_pos_emb_head_dim}
+        if config.q_lora_rank is not None:
+            sizes["linear_q_down_proj"] = config.q_lora_rank
+        # The constructor takes no class but those it knows; cut over ranks the projection would not fit its rule.
+        local = isinstance(self.linear_kv_down_proj, ColumnParallelLinear)
+        for name, size in sizes.items():
+            known = WholeLinear if local else type(getattr(self, name))
+            wanted = adapt[name](known) if name in adapt else known
+            if local:
+                setattr(self, name, wanted(config, size, self.pg_collection.tp))
+            elif wanted is not known:
+                setattr(self, name, wanted(config.hidden_size, size, **_whole_settings(config, name)))
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         """The modules of the spec as they are: Megatron would put a norm before an uncompressed query too."""
@@ -118,6 +132,7 @@ class WholeLinear(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, size: int, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
+        self.config = config
         device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
         self.tp_group = tp_group
         self.weight = torch.nn.Parameter(
@@ -137,6 +152,21 @@ class WholeLinear(torch.nn.Module):
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets, **groups)
+
+
+def _whole_settings(config: MLATransformerConfig, name: str) -> dict[str, Any]:
+    """What Megatron builds Transformer Engine's down-projections with."""
+    return {
+        "parallel_mode": "duplicated",
+        "config": config,
+        "init_method": config.init_method,
+        "bias": False,
+        "skip_bias_add": False,
+        "is_expert": False,
+        "tp_comm_buffer_name": name.removeprefix("linear_"),
+        "skip_weight_param_allocation": False,
+        "tp_group": None,
+    }
 
 
 def _mscale(scaling: RopeScaling) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mbfn.config.model import ModelConfig, padded_vocab_size
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
+from mbfn.megatron.adapt import Adapt
 from mbfn.megatron.mtp import FurtherTokens, mtp_spec
 from mbfn.megatron.rotary import inverse_frequencies
 from mbfn.megatron.settings import Impl
@@ -89,12 +90,13 @@ def build_chunks(
     groups: ProcessGroupCollection,
     *,
     impl: Impl,
+    adapt: Adapt | None = None,
 ) -> tuple[LanguageModel, ...]:
     """This rank's model chunks, their weights not set yet."""
     stage = groups.pp.rank()
     layers = pipeline_layers(model.num_layers, parallel)[stage]
     return tuple(
-        _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, layers=held)
+        _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, layers=held, adapt=adapt)
         for chunk, held in enumerate(layers)
     )
 
@@ -109,10 +111,11 @@ def _build_chunk(
     stage: int,
     chunk: int,
     layers: range,
+    adapt: Adapt | None,
 ) -> LanguageModel:
     built = LanguageModel(
         config,
-        block_spec(model, layers, impl),
+        block_spec(model, layers, impl, adapt),
         padded_vocab_size(model, parallel),
         model.max_position_embeddings,
         unpadded_vocab_size=model.vocab_size,

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mbfn.config.model import ModelConfig
+from mbfn.megatron.adapt import Adapt, adapt_layer
 from mbfn.megatron.attention import TwoBaseSelfAttention
 from mbfn.megatron.full_norm import FullNormSelfAttention
 from mbfn.megatron.latent import LATENT_KEYS, LatentAttention, on_torch
@@ -26,21 +27,26 @@ from mbfn.megatron.norms import ZeroCenteredRMSNorm, post_normed
 from mbfn.megatron.settings import Impl
 
 
-def block_spec(model: ModelConfig, layers: range, impl: Impl) -> TransformerBlockSubmodules:
-    """The spec of decoder `layers` and the final norm."""
-    dense, sparse = (
-        ModuleSpec(module=TransformerLayer, submodules=layer_submodules(model, impl, sparse=sparse))
-        for sparse in (False, model.moe is not None)
-    )
-    return TransformerBlockSubmodules(
-        layer_specs=[sparse if model.moe and i not in model.moe.dense_layers else dense for i in layers],
-        layer_norm=layer_norm(model, impl),
-    )
+def block_spec(model: ModelConfig, layers: range, impl: Impl, adapt: Adapt | None = None) -> TransformerBlockSubmodules:
+    """The spec of decoder `layers` and the final norm; `adapt` may put other classes in place of the linears."""
+    specs = []
+    for i in layers:
+        adaptation = adapt and (f"decoder.layers.{i}", adapt)
+        sparse = model.moe is not None and i not in model.moe.dense_layers
+        parts = layer_submodules(model, impl, sparse=sparse, adaptation=adaptation)
+        specs.append(ModuleSpec(module=TransformerLayer, submodules=parts))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm(model, impl))
 
 
-def layer_submodules(model: ModelConfig, impl: Impl, *, sparse: bool = False) -> TransformerLayerSubmodules:
-    """One decoder layer of `model`, dense or with experts."""
+def layer_submodules(
+    model: ModelConfig, impl: Impl, *, sparse: bool = False, adaptation: tuple[str, Adapt] | None = None
+) -> TransformerLayerSubmodules:
+    """One decoder layer of `model`, dense or with experts; `adaptation` holds its path and what adapts its linears."""
     layer = _core_layer(model, impl, sparse=sparse)
+    if adaptation is not None:
+        layer = adapt_layer(layer, *adaptation)
+    if model.moe and sparse:
+        layer = replace(layer, mlp=moe_builder(layer.mlp, model.moe))
     if impl == "local":
         layer = _on_torch(layer, layer_norm(model, impl), qk_layernorm=_norms_each_head(model))
         layer = replace(layer, sharded_state_dict_keys_map=_checkpoint_keys(model, sparse=sparse))
@@ -58,10 +64,8 @@ def _core_layer(model: ModelConfig, impl: Impl, *, sparse: bool) -> TransformerL
         "multi_latent_attention": model.mla is not None,
     }
     if impl == "te":
-        layer = get_gpt_layer_with_transformer_engine_submodules(**common)
-    else:
-        layer = get_gpt_layer_local_submodules(**common, normalization="RMSNorm")
-    return replace(layer, mlp=moe_builder(layer.mlp, model.moe)) if model.moe and sparse else layer
+        return get_gpt_layer_with_transformer_engine_submodules(**common)
+    return get_gpt_layer_local_submodules(**common, normalization="RMSNorm")
 
 
 def _norms_each_head(model: ModelConfig) -> bool:

@@ -61,7 +61,7 @@ class RandomWeights(Mapping[str, Tensor]):
             return torch.zeros(shape)
         if len(shape) == 1 and not name.endswith("sinks"):
             return torch.full(shape, 0.0 if self._model.zero_centered_gamma else 1.0)
-        generator = torch.Generator().manual_seed(_stream(self._seed, name))
+        generator = torch.Generator().manual_seed(stream_of(self._seed, name))
         return torch.empty(shape).normal_(0.0, self._std(name), generator=generator)
 
     def meta(self, name: str) -> Tensor:
@@ -80,7 +80,8 @@ class RandomWeights(Mapping[str, Tensor]):
         return std / math.sqrt(2 * self._model.num_layers) if residual else std
 
 
-def _stream(seed: int, name: str) -> int:
+def stream_of(seed: int, name: str) -> int:
+    """The seed of one tensor's random numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 

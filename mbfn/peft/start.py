@@ -1,0 +1,81 @@
+"""The tensors that adapters start with, the same in every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from mbfn.config.run import RunConfig
+from mbfn.convert.adapters import check_repeats
+from mbfn.convert.copies import Shape
+from mbfn.convert.plans import Layout, rank_plans
+from mbfn.convert.states import PlannedState, check_hf
+from mbfn.convert.table import Table
+from mbfn.megatron.settings import choose_impl
+from mbfn.megatron.weights import stream_of
+from mbfn.megatron.world import World
+
+
+class FreshAdapters(Mapping[str, Tensor]):
+    """As PEFT starts them: A uniform as a new linear of torch, B zero. Of the seed and a tensor's name alone.
+
+    DoRA's lengths are ones here; they are those of the weights once these are there.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], seed: int) -> None:
+        self._shapes, self._seed = shapes, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if not name.endswith("lora_A.weight"):
+            return torch.ones(shape) if len(shape) == 1 else torch.zeros(shape)
+        bound = 1 / math.sqrt(shape[-1])
+        return torch.empty(shape).uniform_(
+            -bound, bound, generator=torch.Generator().manual_seed(stream_of(self._seed, name))
+        )
+
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor, without making it."""
+        return torch.empty(self._shapes[name], device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+class Joined(Mapping[str, Tensor]):
+    """Two mappings of different names as one; each tensor is made when it is asked for."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._first[name] if name in self._first else self._second[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._first
+        yield from self._second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+
+def start_weights(
+    run: RunConfig, world: World, table: Table, source: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor]:
+    """This rank's adapter tensors, by their names in its model.
+
+    Raises: ConversionError for a `source` that does not hold exactly the adapters of the run.
+    """
+    if source is None:
+        source = FreshAdapters(table.hf_shapes, run.train.seed)
+    else:
+        check_hf(table, source, "init.adapter")
+        check_repeats(table, source, "init.adapter")
+    layout = Layout(parallel=run.parallel, impl=choose_impl(world.device))
+    return PlannedState(rank_plans(table, layout, world.rank), source)
