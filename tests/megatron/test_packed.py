@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
-from mbfn.config.run import RunConfig
-from mbfn.convert import to_hf, to_megatron
+from mbfn.convert import to_hf
 from mbfn.errors import DataError
-from mbfn.megatron.optimizer import zero_gradients
 from mbfn.megatron.packed import check_segments
-from mbfn.megatron.step import Measured, forward_backward
+from mbfn.megatron.step import Measured
 from tests.megatron.mixtures import mixture
-from tests.megatron.tiny import config_of, hf_model, rows, run_config, weights_of
+from tests.megatron.tiny import config_of, gradients_of, hf_model, rows, run_config, weights_of
 from tests.ranks import run_ranks
 
 LENGTH = 32
@@ -123,18 +120,7 @@ def _model(variant: str) -> ModelConfig:
 def _run(variant: str, parallel: ParallelConfig, batches: Sequence[Mapping[str, Tensor]]) -> list[Gradients]:
     run = run_config(_model(variant), replace(parallel, sharding="none"))
     run = replace(run, train=replace(run.train, micro_batch_size=1))
-    return run_ranks(parallel.world_size, _gradients, run, weights_of(MODELS[variant](variant)), batches)
-
-
-def _gradients(run: RunConfig, weights: Mapping[str, Tensor], batches: Sequence[Mapping[str, Tensor]]) -> Gradients:
-    with megatron.open_world(run.parallel, device="cpu", timeout_s=60) as world:
-        own = to_megatron(weights, run.model, parallel=run.parallel, rank=world.rank)
-        models = megatron.build(run, world, own)
-        zero_gradients(models)
-        share = batches[world.coordinates.dp :: run.parallel.data_parallel_size]
-        found = forward_backward(run, world, models, share, forward_only=False)
-        tensors = megatron.chunk_tensors(models.chunks)
-        return found, {n: getattr(w, "main_grad", torch.zeros_like(w)).clone() for n, w in tensors.items()}
+    return run_ranks(parallel.world_size, gradients_of, run, weights_of(MODELS[variant](variant)), batches)
 
 
 @pytest.mark.parametrize(

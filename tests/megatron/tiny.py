@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ from mbfn.config.run import RunConfig
 from mbfn.config.train import TrainConfig
 from mbfn.convert import to_megatron
 from mbfn.families import model_from_hf
+from mbfn.megatron.losses import Loss
+from mbfn.megatron.optimizer import zero_gradients
+from mbfn.megatron.step import Measured, forward_backward
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,  # Megatron pads it to 128
@@ -201,6 +204,22 @@ def train(
         if save_to:
             megatron.save(save_to, run, world, models, {"step": steps.stop})
         return results, {name: value.clone() for name, value in megatron.state_dict(models).items()}
+
+
+def gradients_of(
+    run: RunConfig,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
+    make_loss: Callable[[RunConfig, megatron.World], Loss] = lambda *_: Loss(),
+) -> tuple[Measured, dict[str, Tensor]]:
+    """On this rank, the loss of a global batch, of which replicas take turns, and the gradients by their weights."""
+    with megatron.open_world(run.parallel, device="cpu", timeout_s=60) as world:
+        models = megatron.build(run, world, _of_rank(run, weights, world.rank))
+        zero_gradients(models)
+        share = batches[world.coordinates.dp :: run.parallel.data_parallel_size]
+        found = forward_backward(run, world, models, share, loss=make_loss(run, world), forward_only=False)
+        tensors = megatron.chunk_tensors(models.chunks)
+        return found, {n: getattr(w, "main_grad", torch.zeros_like(w)).clone() for n, w in tensors.items()}
 
 
 def _of_rank(run: RunConfig, weights: Mapping[str, Tensor] | None, rank: int) -> Mapping[str, Tensor] | None:
