@@ -14,6 +14,7 @@ from mbfn.config.compose import compose
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig, coordinates
 from mbfn.config.run import layout_problems
+from mbfn.convert.placement import rank_tensors
 from mbfn.convert.plans import Layout, rank_plans
 from mbfn.convert.table import table_of
 from mbfn.megatron import meta_states
@@ -24,6 +25,7 @@ PUBLISHED = {
     "mixtral_8x7b": ParallelConfig(tp=2, pp=4, ep=8, sequence_parallel=True),
     "qwen3_235b_a22b": ParallelConfig(tp=4, pp=2, ep=16, sequence_parallel=True),
     "glm45": ParallelConfig(tp=8, pp=4, ep=8, etp=2, sequence_parallel=True),
+    "gpt_oss_120b": ParallelConfig(tp=2, pp=4, ep=8, sequence_parallel=True),
     "deepseek_v2": ParallelConfig(tp=2, pp=12, ep=8, sequence_parallel=True),
     "deepseek_v3": ParallelConfig(
         pp=16, ep=64, num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=2
@@ -40,7 +42,7 @@ def test_each_stage_of_a_published_model(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen3_235b_a22b", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "qwen3_235b_a22b", "gpt_oss_120b", "deepseek_v3"])
 def test_every_rank_of_a_published_model(name: str) -> None:
     model, parallel = compose(f"model={name}").model, PUBLISHED[name]
     assert _weights(model, parallel, range(parallel.world_size)) == model.num_parameters
@@ -55,13 +57,15 @@ def _weights(model: ModelConfig, parallel: ParallelConfig, ranks: Iterable[int])
         for name, (_, dtype) in found.items():
             assert dtype == (torch.float32 if name.endswith(FP32) else torch.bfloat16), name
         place = coordinates(parallel, rank)
+        cut = {
+            local.name for local in rank_tensors(table, parallel, rank, "local") if local.tensor.rule.cut is not None
+        }
         for name, (shape, _) in found.items():
             size = torch.Size(shape).numel()
             if "local_experts" in name:
                 total += size * (place.edp == 0)
             elif not (name.startswith("embedding") and place.pp):
-                whole = len(shape) == 1 or "router" in name
-                total += size * (place.dp == 0 and not (whole and place.tp))
+                total += size * (place.dp == 0 and (name in cut or place.tp == 0))
     return total
 
 
