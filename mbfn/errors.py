@@ -41,11 +41,15 @@ class TrainingError(MbfnError):
 
 
 class LaunchError(MbfnError):
-    """A run that cannot start here, or whose processes failed. `detail` is shown below the line."""
+    """A run that cannot start here, or whose processes failed.
 
-    def __init__(self, text: str, detail: str = "") -> None:
+    `detail` is shown below the line; `known` tells an error that another start would meet again.
+    """
+
+    def __init__(self, text: str, detail: str = "", *, known: bool = True) -> None:
         super().__init__(text)
         self.detail = detail
+        self.known = known
 
 
 def first_lines(lines: Sequence[str], count: int = 8) -> str:

@@ -166,7 +166,8 @@ def _job_name() -> str:
 
 
 def end_with(error: MbfnError) -> NoReturn:
-    """Print the error's lines and end this process with its exit code."""
+    """Print the error's lines, what it has to show below them, and end this process with its exit code."""
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
+    sys.stderr.write(getattr(error, "detail", ""))
     sys.exit(error.exit_code)

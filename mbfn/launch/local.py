@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbfn.errors import LaunchError
-from mbfn.launch.failures import Failure, first_failure
+from mbfn.train.failures import Failure, first_failure
+from mbfn.train.pulse import pulse_of, read_place
 from mbfn.train.stop import stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+_CRASH = "Fatal Python error"
 _SHUTDOWN_S = 60  # between asking ranks to end and killing them: one step and one checkpoint
 
 
@@ -29,7 +30,7 @@ def run_local(command: Sequence[str], nproc: int, logs: Path) -> int | None:
     Raises: LaunchError with the error of the rank that failed first; the others have ended by then.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for stale in logs.glob("rank_*.failure.json"):
+    for stale in (*logs.glob("rank_*.failure.json"), *logs.glob(".rank_*.pulse")):
         stale.unlink()
     with tempfile.TemporaryDirectory(prefix="mbfn-ranks-") as scratch:
         return _supervise(command, nproc, logs, scratch)
@@ -87,13 +88,26 @@ def _failed(error: ChildFailedError, logs: Path) -> LaunchError:
     noted = first_failure(logs)
     if killed and not _own_failure(noted, killed):
         rank, number = killed[0]
-        text = f"rank {rank}: ended by {signal.Signals(number).name}; the other ranks were stopped; logs: {logs}"
-        return LaunchError(text)
+        ended = f"ended by {signal.Signals(number).name}; the other ranks were stopped"
+        text = f"rank {rank}{_where(logs, rank)}: {ended}; logs: {logs}"
+        return LaunchError(text, _tail(logs, rank), known=False)
     if noted is not None:
-        sys.stderr.write(noted.detail)
-        return LaunchError(f"rank {noted.rank}: {noted.message}; logs: {logs}")
+        return LaunchError(f"{noted.line}; logs: {logs}", noted.detail, known=not noted.detail)
     rank, failure = error.get_first_failure()
-    return LaunchError(f"rank {rank}: ended with exit code {failure.exitcode}; logs: {logs}")
+    text = f"rank {rank}{_where(logs, rank)}: ended with exit code {failure.exitcode}; logs: {logs}"
+    return LaunchError(text, known=False)
+
+
+def _where(logs: Path, rank: int) -> str:
+    place = read_place(pulse_of(logs, rank))
+    return f", {place}" if place.marks else ""
+
+
+def _tail(logs: Path, rank: int) -> str:
+    """The stack that a rank left which crashed: faulthandler writes it to the rank's log."""
+    log = logs / f"rank_{rank}.log"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return text[text.rindex(_CRASH) :] if _CRASH in text else ""
 
 
 def _own_failure(noted: Failure | None, killed: list[tuple[int, int]]) -> bool:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from mbfn.config.build import build
 from mbfn.config.run import RunConfig
 from mbfn.config.schema import to_dict
-from mbfn.launch.failures import first_failure
 from mbfn.launch.results import finished
 from mbfn.launch.slurm_files import DIRECTORY, read_submission, submitted_job
 from mbfn.launch.slurm_queue import JobState, job_states
 from mbfn.launch.slurm_watch import end_of
 from mbfn.train.checkpoints import complete_checkpoints
+from mbfn.train.failures import first_failure
 from mbfn.train.job import Job
 from mbfn.train.record import Record, read_records
 
@@ -104,7 +104,7 @@ def _state(run: RunConfig, path: Path, job: JobState | None) -> tuple[State, str
         end = end_of(job, Job(run=run, output_dir=path), Path(submission.log))
         return ("failed" if end.code == 1 else "stopped"), end.text
     if failure := first_failure(path / "logs"):
-        return "failed", f"rank {failure.rank}: {failure.message}"
+        return "failed", failure.line
     return ("stopped" if complete_checkpoints(path / "checkpoints") else "unfinished"), ""
 
 

@@ -110,8 +110,7 @@ def _watch(job: Job, submission: Submission, stop: Callable[[], int]) -> int:
     end = end_of(states[job.output_dir], job, log)
     sys.stdout.flush()
     if end.code == 1:
-        sys.stderr.write(end.detail)
-        raise LaunchError(end.text)
+        raise LaunchError(end.text, end.detail)
     if end.code:
         print(end.text)
     return end.code

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,7 +31,8 @@ def main(job: Path, attempt: Path) -> NoReturn:
     if rank.rank:
         redirect(attempt / f"rank_{rank.rank}.log")
     try:
-        code = start(read_job(job), stop, os.environ)
+        here = replace(read_job(job), logs=attempt, started=time.time())
+        code = start(here, stop, os.environ)
         if code == REQUEUE:
             code = 0
             if rank.rank == 0:
@@ -43,11 +46,13 @@ def main(job: Path, attempt: Path) -> NoReturn:
 
 def _note(attempt: Path, rank: Rank, error: BaseException) -> int:
     """Tell the client what ended this rank: by a file, or through Slurm itself where no file can be written."""
-    from mbfn.launch.failures import write_failure
     from mbfn.launch.slurm_queue import say
+    from mbfn.train.failures import failure_of, note_of, write_failure
 
     try:
-        failure = write_failure(attempt, rank.rank, error)
+        failure = failure_of(rank.rank, error)
+        if not note_of(attempt, rank.rank).is_file():  # with the place in the run
+            write_failure(attempt, failure)
     except OSError as unwritable:
         say(f"rank {rank.rank}: {error or type(error).__name__}; {attempt}: {unwritable.strerror}")
         sys.stderr.write(f"error: rank {rank.rank}: {error}\n")

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbfn.launch.failures import first_failure
 from mbfn.launch.results import finished
 from mbfn.launch.slurm_files import Submission, attempts
 from mbfn.launch.slurm_queue import LOST, JobState, down_nodes, job_states
 from mbfn.launch.slurm_script import SAVED
+from mbfn.train.failures import first_failure
 from mbfn.train.job import Job
 from mbfn.train.stop import REQUEUE
 
@@ -31,7 +31,7 @@ _OWN_CAUSE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How a job ended: the exit code for the client, one line, and what to show above it."""
+    """How a job ended: the exit code for the client, one line, and what to show below it."""
 
     code: int
     text: str
@@ -89,10 +89,10 @@ def end_of(state: JobState, job: Job, log: Path) -> End:
     where = f"job {state.job_id} {state.state}{_exit(state)}; logs: {log}, {attempt}"
     failure = first_failure(attempt)
     if failure is not None and state.state not in _OWN_CAUSE:
-        return End(code=1, text=f"rank {failure.rank}: {failure.message}; {where}", detail=failure.detail)
+        return End(code=1, text=f"{failure.line}; {where}", detail=failure.detail)
     if cause := _cause(state):
         return End(code=1, text=f"{cause}{'; its state is saved' if saved else ''}; {where}")
-    cause = "ended without a word from its ranks; the last lines of its log are above"
+    cause = "ended without a word from its ranks; the last lines of its log are below"
     return End(code=1, text=f"{cause}; {where}", detail=_tail(log))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import signal
@@ -11,27 +12,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from mbfn.launch.failures import write_failure
+from mbfn.train.failures import failure_of, note_of, write_failure
 from mbfn.train.job import run_job
-from mbfn.train.stop import listen
+from mbfn.train.pulse import Pulse, pulse_of
+from mbfn.train.stop import REQUEUE, listen
 
+SAVED = "saved"  # the file among the logs that says: state saved, start again
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_rank(work: Callable[[], int], logs: Path) -> NoReturn:
     """End this process with the exit code of `work`, its failure noted for the launcher if there is one.
 
-    Rank 0 writes to the terminal, every other one to `logs/rank_N.log`.
+    Rank 0 writes to the terminal what it prints, its errors to `logs/rank_0.log`; rank N writes both to its log.
     """
     rank = int(os.environ["RANK"])
     _end_with_launcher()
-    if rank:
-        redirect(logs / f"rank_{rank}.log")
+    redirect(logs / f"rank_{rank}.log", output=rank > 0)
+    faulthandler.enable()
     try:
         code = work()
     except BaseException as error:
-        failure = write_failure(logs, rank, error)
-        sys.stderr.write((failure.detail or f"{failure.message}\n") if rank else "")
+        failure = failure_of(rank, error)
+        if not note_of(logs, rank).is_file():  # with the place in the run
+            write_failure(logs, failure)
+        sys.stderr.write(failure.detail or f"{failure.message}\n")
         code = failure.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
@@ -43,17 +48,25 @@ def _end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def redirect(log: Path) -> None:
-    """Send what this process prints, native libraries included, to `log`."""
+def redirect(log: Path, *, output: bool = True) -> None:
+    """Send the errors of this process to `log`, with `output` all that it prints; native libraries included."""
     with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        if output:
+            os.dup2(file.fileno(), 1)
 
 
 def _main(task: str) -> NoReturn:
     stop = listen()
     job = pickle.loads(Path(task).read_bytes())
-    run_rank(lambda: run_job(job, stop), job.output_dir / "logs")
+    pulse = Pulse(pulse_of(job.notes, int(os.environ["RANK"])))
+
+    def work() -> int:
+        if run_job(job, stop, pulse) == REQUEUE:
+            (job.notes / SAVED).touch()  # an exit code of its own would have the launcher end the other ranks
+        return 0
+
+    run_rank(work, job.notes)
 
 
 if __name__ == "__main__":

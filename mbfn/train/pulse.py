@@ -62,6 +62,11 @@ def read_place(path: Path) -> Place:
     return _place(path.read_bytes()) if path.is_file() else Place()
 
 
+def pulse_of(logs: Path, rank: int) -> Path:
+    """The file of a rank's pulse."""
+    return logs / f".rank_{rank}.pulse"
+
+
 def _place(data: bytes) -> Place:
     if len(data) < _FORMAT.size:
         return Place()

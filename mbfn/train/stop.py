@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -25,6 +26,13 @@ def listen() -> Callable[[], int]:
     for number in stop_signals():
         signal.signal(number, handle)
     return lambda: received[0] if received else 0
+
+
+def until(stop: Callable[[], int], deadline: float | None) -> Callable[[], int]:
+    """`stop` that gives SIGALRM from `deadline` on, in seconds of the epoch, where nothing came before."""
+    if deadline is None:
+        return stop
+    return lambda: stop() or (int(signal.SIGALRM) if time.time() >= deadline else 0)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

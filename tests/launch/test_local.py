@@ -21,7 +21,7 @@ from mbfn.launch.local import run_local
 try:
     stopped = run_local([sys.executable, "-u", sys.argv[1]], int(sys.argv[3]), Path(sys.argv[2]))
 except LaunchError as error:
-    sys.exit(f"error: {error}")
+    sys.exit("\\n".join([f"error: {error}", error.detail]).rstrip())
 sys.exit(100 + stopped if stopped else 0)
 """
 WORKER = """
@@ -72,7 +72,7 @@ def test_ranks_know_their_place_and_write_where_they_should(tmp_path: Path) -> N
     )
     assert (code, out, err) == (0, f"0 {RANKS} 1\n", "")
     logs = {path.name: path.read_text() for path in (tmp_path / "logs").glob("*.log")}
-    assert logs == {"rank_1.log": f"1 {RANKS} 1\n", "rank_2.log": f"2 {RANKS} 1\n"}
+    assert logs == {"rank_0.log": "", "rank_1.log": f"1 {RANKS} 1\n", "rank_2.log": f"2 {RANKS} 1\n"}
 
 
 def test_the_first_failure_is_the_error_and_ends_the_others(tmp_path: Path) -> None:
@@ -86,9 +86,10 @@ def test_the_first_failure_is_the_error_and_ends_the_others(tmp_path: Path) -> N
 def test_an_unforeseen_error_comes_with_its_traceback(tmp_path: Path) -> None:
     code, _, err = finish(launch(tmp_path, "if rank == 1:\n    raise KeyError('weights')\nreturn wait() * 0"))
     assert code == 1
-    assert err.startswith("Traceback (most recent call last)")
+    assert err.startswith(
+        f"error: rank 1: KeyError: 'weights'; logs: {tmp_path}/logs\nTraceback (most recent call last)"
+    )
     assert err.count("Traceback") == 1
-    assert err.endswith(f"error: rank 1: KeyError: 'weights'; logs: {tmp_path}/logs\n")
 
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:

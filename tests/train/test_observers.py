@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from mbfn.train.curve import draw_curve, smoothed
+from mbfn.train.guard import Guard
 from mbfn.train.progress import figures, progress
 from mbfn.train.record import read_records, recorded
 from mbfn.train.state import Metrics, TrainState
 
-STATE = TrainState(step=0, tokens=0, models=None)  # type: ignore[arg-type]
+STATE = TrainState(step=0, tokens=0, models=None, guard=Guard())  # type: ignore[arg-type]
 
 
 def metrics(step: int, **changes: float) -> Metrics:
