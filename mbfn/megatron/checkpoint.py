@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mbfn.config.run import RunConfig
 from mbfn.errors import CheckpointError
+from mbfn.megatron.adapt import MARK
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.optimizer import Models, gathered
 from mbfn.megatron.optimizer_state import before_update, exact_states, load_optimizer
 from mbfn.megatron.reader import ParallelReader
-from mbfn.megatron.saver import Saver
+from mbfn.megatron.saver import Saver, nothing
 from mbfn.megatron.sharded import held
 from mbfn.megatron.world import World
 
@@ -41,6 +42,14 @@ def all_keys(_: str) -> bool:
     return True
 
 
+def trained_keys(run: RunConfig) -> Keep:
+    """What a checkpoint of `run` holds: adapters alone where weights are frozen."""
+    if run.peft.kind == "none":
+        return all_keys
+    history = run.precision.fp8 == "delayed"  # which the next step depends on
+    return lambda key: MARK in key or (history and key.endswith("_extra_state"))
+
+
 def save(
     directory: str | Path,
     run: RunConfig,
@@ -48,10 +57,11 @@ def save(
     models: Models,
     common: Mapping[str, Any],
     *,
-    keep: Keep = all_keys,
+    keep: Keep | None = None,
 ) -> None:
     """Write weights, optimizer and `common` (plain values) to `directory`, which appears whole. Collective.
 
+    `keep`: which weights; none: those that the run trains, all of them or its adapters.
     Raises: CheckpointError when it cannot be written.
     """
     saver = Saver(world)
@@ -69,10 +79,13 @@ def begin_save(
     common: Mapping[str, Any],
     *,
     record: Mapping[str, Any] | None = None,
-    keep: Keep = all_keys,
+    keep: Keep | None = None,
     background: bool = True,
+    then: Callable[[], None] = nothing,
 ) -> None:
     """Start to write what `save` writes; `record` goes into the manifest too. Collective.
+
+    When the checkpoint stands in its place, rank 0's writing thread calls `then`.
 
     In the background a copy is written, and an update that comes before the copy is whole waits for it: nothing else
     may change weights or optimizer meanwhile. Else both stay as they are until `saver.finish()`.
@@ -81,18 +94,18 @@ def begin_save(
     """
     manifest = {"model": asdict(run.model), "parallel": asdict(run.parallel), **(record or {})}
     with gathered(models), _clear_faults(Path(directory), "cannot write"):
-        state = _model_state(world, models.chunks, keep)
+        state = _model_state(world, models.chunks, keep or trained_keys(run))
         state |= {"optimizer": _optimizer_state(world, models, state, is_loading=False)}
         whole = held(state | {_COMMON: dict(common), "content_metadata": dict(_CONTENT)})
     buffers = {buffer.data_ptr() for chunk in models.chunks for buffer in chunk.buffers()}
     changing = (lambda data: data.data_ptr() in buffers) if background else None
-    staged = saver.begin(Path(directory), whole, manifest, changing=changing)
+    staged = saver.begin(Path(directory), whole, manifest, changing=changing, then=then)
     if staged is not None:
         before_update(models.optimizer, staged.hold)
 
 
 def load(
-    directory: str | Path, run: RunConfig, world: World, models: Models, *, keep: Keep = all_keys
+    directory: str | Path, run: RunConfig, world: World, models: Models, *, keep: Keep | None = None
 ) -> dict[str, Any]:
     """Set weights and optimizer from a checkpoint of any layout, and return its `common`. Collective.
 
@@ -100,7 +113,7 @@ def load(
 
     Raises: CheckpointError for a directory that is no checkpoint, or not of this model and optimizer.
     """
-    del run
+    keep = keep or trained_keys(run)
     with gathered(models):
         state = _model_state(world, models.chunks, keep)
         state["optimizer"] = _optimizer_state(world, models, state, is_loading=True)
@@ -121,7 +134,8 @@ def load_model(directory: str | Path, world: World, chunks: Sequence[LanguageMod
 
 
 def _model_state(world: World, chunks: Sequence[LanguageModel], keep: Keep) -> dict[str, Any]:
-    metadata = _CONTENT | {"dp_cp_group": world.groups.dp_cp}
+    # Not every layer need have what is kept, so that no tensor holds all layers.
+    metadata = _CONTENT | {"dp_cp_group": world.groups.dp_cp, "non_homogeneous_layers": keep is not all_keys}
     whole = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
     return {
         key: {name: entry for name, entry in state.items() if keep(getattr(entry, "key", name))}

@@ -23,6 +23,10 @@ from mbfn.storage.shares import DIGESTS, Share, describe_shares, write_share
 from mbfn.storage.torch_dist_write import Chunk, saved
 
 
+def nothing() -> None:
+    """No more to do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Order:
     """A save as one rank's thread carries it out."""
@@ -36,6 +40,7 @@ class Order:
     chunks: Sequence[Chunk]
     blobs: Mapping[str, bytes]
     staged: Staged | None
+    then: Callable[[], None]
 
 
 class Saver:
@@ -72,6 +77,7 @@ class Saver:
         record: Mapping[str, Any],
         *,
         changing: Callable[[Tensor], bool] | None = None,
+        then: Callable[[], None] = nothing,
     ) -> Staged | None:
         """Start to write `state` to `target`, which appears whole. Collective; waits for the save before.
 
@@ -101,6 +107,7 @@ class Saver:
             chunks=[box.chunk(tensor) for box, tensor in zip(boxes, tensors, strict=True)],
             blobs=blobs if self._world.rank else {COMMON: saved(dict(state.common)), **blobs},
             staged=staged,
+            then=then,
         )
         self._number += 1
         self._thread = threading.Thread(target=self._run, args=(order,), name="checkpoint", daemon=True)
@@ -147,9 +154,10 @@ def _lead(store: dist.Store, order: Order) -> str:
             if failed:
                 raise CheckpointError(f"{order.target}: cannot write: {failed[0]}; nothing was left there")
             manifest[DIGESTS] = describe_shares(draft, [word for word in words if not isinstance(word, str)])
+        order.then()
         error = ""
-    except CheckpointError as fault:
-        error = str(fault)
+    except Exception as fault:  # the other ranks wait for the word, whatever it is
+        error = str(fault) if isinstance(fault, CheckpointError) else f"{order.target}: cannot write: {_reason(fault)}"
     if not told:
         store.set(f"{order.number}/draft", "")
     store.set(f"{order.number}/outcome", error)

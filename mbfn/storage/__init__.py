@@ -1,7 +1,7 @@
 """Weights on disk: safetensors and Megatron (torch_dist) checkpoints as lazy mappings and atomic writers."""
 
 from mbfn.storage.atomic import atomic_directory, read_manifest
-from mbfn.storage.digests import check_digests
+from mbfn.storage.digests import check_digests, file_jobs
 from mbfn.storage.dist_metadata import ChunkMeta, GlobalMeta
 from mbfn.storage.hf import HfDirectory, open_hf
 from mbfn.storage.hf_shards import Declared
@@ -26,6 +26,7 @@ __all__ = [
     "carried_files",
     "check_digests",
     "extra_states",
+    "file_jobs",
     "open_hf",
     "open_torch_dist",
     "read_manifest",

@@ -1,9 +1,9 @@
-"""The CRC-32s noted when a directory was written, against the bytes that are there now: a flipped bit shows."""
+"""What was noted when a directory was written, against what is there now: a missing file or a flipped bit shows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from mbfn.errors import CheckpointError
 from mbfn.storage.atomic import MANIFEST, read_manifest
 from mbfn.storage.hf import open_hf
 from mbfn.storage.parts import crc_of
+from mbfn.storage.shares import DIGESTS
 from mbfn.storage.streams import run_all
 from mbfn.storage.torch_dist import open_torch_dist
 
@@ -33,6 +34,36 @@ def check_digests(path: str | os.PathLike[str], *, workers: int = 2) -> int:
             f"{file}: {name}: bytes changed since it was written ({len(changed)} such); copy it again"
         )
     return len(parts)
+
+
+def file_jobs(path: str | os.PathLike[str]) -> list[Callable[[], str]]:
+    """A job for each part of a directory whose digest is noted: what is wrong with it, or empty. In a fixed order.
+
+    Files where the manifest has their digests, else the tensors of `check_digests`.
+    """
+    root = Path(path)
+    noted = read_manifest(root).get(DIGESTS)
+    if isinstance(noted, dict) and (root / "metadata.json").exists():
+        return [partial(_file_fault, root / name, crc) for name, crc in sorted(noted.items())]
+    parts = _checkpoint_parts(root) if (root / "metadata.json").exists() else _export_parts(root)
+    return [partial(_part_fault, part) for part in parts]
+
+
+def _file_fault(file: Path, crc: int) -> str:
+    try:
+        changed = _crc(file, 0, file.stat().st_size) != crc
+    except (OSError, CheckpointError) as error:
+        return f"{file}: cannot be read: {error}"
+    return f"{file}: bytes changed since it was written; copy it again" if changed else ""
+
+
+def _part_fault(part: Part) -> str:
+    name, file, place, nbytes, crc = part
+    try:
+        changed = _crc(file, place, nbytes) != crc
+    except (OSError, CheckpointError) as error:
+        return f"{file}: {name}: {error}"
+    return f"{file}: {name}: bytes changed since it was written; copy it again" if changed else ""
 
 
 def _checkpoint_parts(root: Path) -> Iterator[Part]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mbfn.config.diff import effect_of, flatten
 from mbfn.config.run import RunConfig
+from mbfn.config.train import CheckpointConfig
 from mbfn.errors import CheckpointError
 
+DIRECTORY = "checkpoints"  # in a run directory
+_MANIFEST = "mbfn.json"
 _NAME = re.compile(r"step_(\d{8,})")
 _DROPPED = ".dropped_"
 _FIXED = ("seed", "seq_length", "global_batch_size")  # of `train`: with another value the data order would differ
@@ -24,25 +30,66 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first. They appear by renaming, so whatever has the name is whole."""
-    if not root.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    """The checkpoints under `root` that are whole, oldest first."""
+    return [path for path in _named(root) if not incomplete(path)]
+
+
+def incomplete(path: Path) -> str:
+    """Why a directory is not the checkpoint that was written: no manifest, a file gone or of another size; else empty.
+
+    No data is read.
+    """
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path / _MANIFEST}: cannot be read: {error!r}"
+    for name, size in files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            return f"{path / name}: {error.strerror}"
+        if found != size:
+            return f"{path / name}: expected {size} bytes, found {found}"
+    return "" if "metadata.json" in files else f"{path}: not a Megatron checkpoint"
 
 
 def checkpoint_to_resume(run: RunConfig, root: Path) -> Path | None:
-    """The last complete checkpoint, where the run may go on from it.
+    """The last complete checkpoint under `root`, else the one that `checkpoint.resume` names; none for a fresh start.
 
-    Raises: CheckpointError when there are some and `checkpoint.resume=never`.
+    Raises: CheckpointError when there are some and `checkpoint.resume=never`, or where it names none.
     """
-    found = complete_checkpoints(root)
-    if found and run.checkpoint.resume == "never":
+    found, wanted = complete_checkpoints(root), run.checkpoint.resume
+    if found and wanted == "never":
         raise CheckpointError(
             f"checkpoint.resume: never, but {root} holds {found[-1].name}; choose another hydra.run.dir, remove it, or "
             "set checkpoint.resume=auto"
         )
-    return found[-1] if found else None
+    if found or wanted in ("auto", "never"):
+        return found[-1] if found else None
+    return _named_checkpoint(Path(wanted).expanduser())
+
+
+def _named_checkpoint(path: Path) -> Path:
+    """A checkpoint directory, of any Megatron-core program, or the last one of a run directory."""
+    if (path / "metadata.json").is_file():
+        fault = incomplete(path) if (path / _MANIFEST).exists() else ""
+        if fault:
+            raise CheckpointError(f"checkpoint.resume: {fault}; choose another checkpoint")
+        return path
+    found = complete_checkpoints(path / DIRECTORY) or complete_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"checkpoint.resume: {path}: neither a Megatron checkpoint nor a run that has one")
+    return found[-1]
+
+
+def skipped_checkpoints(root: Path, resumed: Path | None) -> list[str]:
+    """Why each checkpoint newer than the one to resume from is left alone."""
+    newer = [
+        path
+        for path in _named(root)
+        if resumed is None or _step(path) > (_step(resumed) if _NAME.fullmatch(resumed.name) else 0)
+    ]
+    return [fault for path in newer if (fault := incomplete(path))]
 
 
 def run_record(run: RunConfig, data_digest: str, step: int, tokens: int) -> dict[str, Any]:
@@ -50,8 +97,14 @@ def run_record(run: RunConfig, data_digest: str, step: int, tokens: int) -> dict
     return {"step": step, "tokens": tokens, "data": data_digest, "run": asdict(run)}
 
 
-def check_record(record: Mapping[str, Any], run: RunConfig, data_digest: str, path: Path) -> None:
-    """Refuse to continue another model, another data order or another text.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without reading it; empty where another program made it."""
+    file = path / _MANIFEST
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def check_record(record: Mapping[str, Any], run: RunConfig, data_digest: str, path: Path) -> list[str]:
+    """Refuse to continue another model, another data order or another text; a line for each other change of numerics.
 
     Raises: CheckpointError naming the first field that differs.
     """
@@ -65,18 +118,49 @@ def check_record(record: Mapping[str, Any], run: RunConfig, data_digest: str, pa
                 f"{name}: {path} was made with {before}, this run has {after}; "
                 "set it back, or choose another hydra.run.dir"
             )
+    old, new = (dict(flatten(_plain(tree))) for tree in (record["run"], now["run"]))
+    changed = [name for name in new if name in old and old[name] != new[name] and effect_of(name) == "numerics"]
+    return [f"{name}: was {old[name]} up to here, is {new[name]} from now on" for name in changed]
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the last checkpoints, and what an interrupted removal left.
+def kept(found: Sequence[tuple[int, float | None]], config: CheckpointConfig) -> frozenset[int]:
+    """Which of the checkpoints (step, held-out loss) stay: the last, those of `keep_every`, and the best."""
+    steps = sorted(step for step, _ in found)
+    stay = set(steps[-config.keep_last :])
+    if config.keep_every:
+        stay |= {step for step in steps if step % config.keep_every == 0}
+    judged = sorted((loss, step) for step, loss in found if loss is not None and math.isfinite(loss))
+    return frozenset(stay | {step for _, step in judged[: config.keep_best]})
+
+
+def prune(root: Path, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that are not to be kept, and what an interrupted removal left.
 
     Renamed first, so that a half-removed one is never taken for whole.
     """
-    for path in complete_checkpoints(root)[:-keep_last]:
+    complete = {_step(path): path for path in complete_checkpoints(root)}
+    losses = (
+        {step: read_manifest(path).get("valid_loss") for step, path in complete.items()} if config.keep_best else {}
+    )
+    stay = kept([(step, losses.get(step)) for step in complete], config)
+    for path in (path for step, path in complete.items() if step not in stay):
         os.replace(path, path.with_name(_DROPPED + path.name))
     for path in root.glob(f"{_DROPPED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _named(root: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, in the order of steps."""
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     return list(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import mbfn
 from mbfn.config.run import RunConfig
 
+_LONGEST_DIFF = 1 << 20
 _PACKAGES = (
     "mbfn",
     "torch",
@@ -26,10 +28,15 @@ _PACKAGES = (
 )
 
 
+_VARIABLES = ("MBFN_", "NCCL_", "CUDA_", "TORCH", "NVTE_", "PYTORCH_", "OMP_", "GLOO_", "HF_", "SLURM_JOB_ID")
+CONFIG, RECORD, STARTS, DIFF = "config.yaml", "run.json", "starts.jsonl", "code.diff"
+
+
 def write_provenance(output_dir: Path, run: RunConfig, command: tuple[str, ...], facts: Mapping[str, Any]) -> None:
-    """Leave `config.yaml` and `run.json` in the output directory."""
+    """Leave in the output directory what produces it: `config.yaml`, `run.json`, `code.diff`, `starts.jsonl`."""
     from mbfn.config import to_yaml
 
+    code = code_state()
     record = {
         "digest": run.digest,
         "command": list(command),
@@ -39,9 +46,47 @@ def write_provenance(output_dir: Path, run: RunConfig, command: tuple[str, ...],
         "git": git_revision(),
         "python": platform.python_version(),
         "versions": versions(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
+        "packages": packages(),
     }
-    write_text(output_dir / "config.yaml", to_yaml(run))
-    write_text(output_dir / "run.json", json.dumps(record, indent=2) + "\n")
+    write_text(output_dir / CONFIG, to_yaml(run))
+    write_text(output_dir / RECORD, json.dumps(record, indent=2) + "\n")
+    write_text(output_dir / DIFF, code["diff"])
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.node()}
+    start |= {name: record.get(name) for name in ("digest", "command", "from", "git", "versions")}
+    with (output_dir / STARTS).open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def checkpoint_facts(run: RunConfig, data_digest: str, command: tuple[str, ...]) -> dict[str, Any]:
+    """What every checkpoint of a run says of its origin."""
+    from mbfn.config.schema import to_dict
+
+    return {
+        "data": data_digest,
+        "digest": run.digest,
+        "config": to_dict(run),
+        "command": list(command),
+        "versions": versions(),
+        "code": code_state(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Every installed package."""
+    found = {part.metadata["Name"]: part.version for part in metadata.distributions()}
+    return {name: found[name] for name in sorted(found, key=str) if name}
+
+
+def code_state() -> dict[str, str]:
+    """The revision of the checkout that mbfn is imported from, and how its files differ; empty when installed."""
+    root = Path(mbfn.__file__).parents[1]
+    if not (root / ".git").exists():
+        return {"commit": "", "diff": ""}
+    try:
+        return {"commit": _git(root, "rev-parse", "HEAD"), "diff": _git(root, "diff", "HEAD")[:_LONGEST_DIFF]}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "", "diff": ""}
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,35 @@ from rich.console import Console
 from mbfn import megatron
 from mbfn.config.run import RunConfig
 from mbfn.data import Dataset, open_dataset
-from mbfn.megatron import Models, World
+from mbfn.megatron import Loss, Models, World
 from mbfn.train.checkpoints import (
+    DIRECTORY,
     check_record,
     checkpoint_path,
     checkpoint_to_resume,
     complete_checkpoints,
-    prune,
-    run_record,
+    skipped_checkpoints,
 )
 from mbfn.train.curve import draw_curve
 from mbfn.train.events import note_event
-from mbfn.train.export import export_hf, initial_weights
+from mbfn.train.export import ADAPTER, HF, build_models, export
 from mbfn.train.guard import Guard, rolled_back, stopped
+from mbfn.train.intact import check_sources
 from mbfn.train.job import Job
 from mbfn.train.loop import Observer, agree, fold
+from mbfn.train.losses import make_loss
 from mbfn.train.observers import METRICS, observing
-from mbfn.train.provenance import write_provenance
+from mbfn.train.provenance import checkpoint_facts, write_provenance
 from mbfn.train.pulse import Pulse
 from mbfn.train.record import read_records
 from mbfn.train.sample import LARGEST, sample
+from mbfn.train.saving import Checkpoints, clear_leftovers
 from mbfn.train.state import Metrics, TrainState
 from mbfn.train.step import batches, make_evaluate, make_step
 from mbfn.train.stop import REQUEUE
+from mbfn.train.watchdog import Watch, watched
 
-CURVE, EXPORT = "curve.png", "hf"
+CURVE = "curve.png"
 _FROM_SCRATCH = 3e-4  # learning rates from here on undo what trained weights know
 
 
@@ -52,44 +57,94 @@ class Session:
     dataset: Dataset
     console: Console
     pulse: Pulse
+    checkpoints: Checkpoints
+    loss: Loss
 
     @property
-    def checkpoints(self) -> Path:
+    def root(self) -> Path:
         """Where checkpoints go."""
-        return self.output_dir / "checkpoints"
+        return self.output_dir / DIRECTORY
 
 
 def train(job: Job, stop: Callable[[], int], pulse: Pulse) -> int:
     """Train as `job` says; 0 at the end of the run, `REQUEUE` when a signal stopped it and its state is saved."""
     run = job.run
     dataset = open_dataset(run)
-    resume = checkpoint_to_resume(run, job.output_dir / "checkpoints")
-    with megatron.open_world(run.parallel, device=run.launch.device, timeout_s=run.launch.timeout_s) as world:
+    resume = checkpoint_to_resume(run, job.output_dir / DIRECTORY)
+    opened = megatron.open_world(
+        run.parallel,
+        device=run.launch.device,
+        timeout_s=run.launch.timeout_s,
+        deterministic=run.train.deterministic,
+    )
+    with opened as world, watched(_watch(job, world, pulse)):
         if world.world_size > 1 and world.device.type == "cpu":
             torch.set_num_threads(1)
+        console = Console(quiet=world.rank > 0)
+        facts = checkpoint_facts(run, dataset.digest, job.command)
+        root = job.output_dir / DIRECTORY
         session = Session(
             run=run,
             output_dir=job.output_dir,
             world=world,
             dataset=dataset,
-            console=Console(quiet=world.rank > 0),
+            console=console,
             pulse=pulse,
+            checkpoints=Checkpoints(run, root, world, facts, partial(console.print, highlight=False, soft_wrap=True)),
+            loss=make_loss(run, world),
         )
+        _look_round(session, resume)
+        sources = check_sources(run, world, resume)
         if world.rank == 0:
-            write_provenance(job.output_dir, run, job.command, {"data": dataset.digest, "device": str(world.device)})
-        state, signal = _run_steps(session, _start(session, resume), agree(stop, world))
-        _save_last(session, state, stopped=bool(signal))
+            origin = {
+                "data": dataset.digest,
+                "device": str(world.device),
+                "sources": sources,
+                "from": str(resume or ""),
+            }
+            write_provenance(job.output_dir, run, job.command, origin)
+        state, signal = _run_steps(session, _start(session, resume), agree(_or_failed(stop, session), world))
+        pulse.mark(state.step, "saving")
+        if signal or run.checkpoint.save_at_end:
+            session.checkpoints.last(state)
+        session.checkpoints.settle()
+        pulse.mark(state.step, "ending")
         if not signal and run.checkpoint.export_hf:
-            export_hf(run, world, state.models, dataset.tokenizer, job.output_dir / EXPORT)
+            export(run, world, state.models, dataset.tokenizer, job.output_dir)
     if world.rank == 0:
         _show_results(session, state, stopped=bool(signal))
     return REQUEUE if signal else 0
 
 
+def _look_round(session: Session, resume: Path | None) -> None:
+    """Say which broken checkpoints are left alone, and remove what dead writers left."""
+    if session.world.rank == 0:
+        clear_leftovers(session.root)
+        for fault in skipped_checkpoints(session.root, resume):
+            session.console.print(f"not complete, left alone: {fault}", highlight=False, soft_wrap=True)
+
+
+def _or_failed(stop: Callable[[], int], session: Session) -> Callable[[], int]:
+    """`stop` that a failed save sets off too; every rank then finds the fault when it settles."""
+    return lambda: session.checkpoints.failed() or stop()
+
+
+def _watch(job: Job, world: World, pulse: Pulse) -> Watch:
+    launch = job.run.launch
+    return Watch(
+        rank=world.rank,
+        world_size=world.world_size,
+        pulse=pulse,
+        notes=job.notes,
+        hang_s=launch.hang_s,
+        timeout_s=launch.timeout_s,
+    )
+
+
 def _start(session: Session, resume: Path | None) -> TrainState:
     """The state to begin with: of the checkpoint, of a Hugging Face directory, or random by `train.seed`."""
     run, world = session.run, session.world
-    models = megatron.build(run, world, initial_weights(run, world) if resume is None else None)
+    models = build_models(run, world, resumed=resume is not None)
     session.console.print(_opening(session, models, resume), highlight=False, soft_wrap=True)
     if run.init.hf is not None and run.optim.lr >= _FROM_SCRATCH:
         session.console.print(
@@ -98,14 +153,24 @@ def _start(session: Session, resume: Path | None) -> TrainState:
     if resume is None:
         return TrainState(step=0, tokens=0, models=models, guard=Guard())
     record = megatron.load(resume, run, world, models)
-    check_record(record, run, session.dataset.digest, resume)
+    if "run" not in record:
+        return _of_another_program(run, record, models)
+    for line in check_record(record, run, session.dataset.digest, resume):
+        session.console.print(line, highlight=False, soft_wrap=True)
     return TrainState(step=record["step"], tokens=record["tokens"], models=models, guard=Guard.of_record(record))
+
+
+def _of_another_program(run: RunConfig, record: dict[str, Any], models: Models) -> TrainState:
+    """The state of a checkpoint that says no more than its iteration: as if this run had made the steps before it."""
+    step = int(record["iteration"])
+    tokens = step * run.train.global_batch_size * run.train.seq_length
+    return TrainState(step=step, tokens=tokens, models=models, guard=Guard())
 
 
 def _run_steps(session: Session, state: TrainState, stop: Callable[[], int]) -> tuple[TrainState, int]:
     run, world, dataset = session.run, session.world, session.dataset
-    if run.guard.rolls_back and not complete_checkpoints(session.checkpoints):
-        _save(session, state)  # a way back from the first steps
+    if run.guard.rolls_back and not complete_checkpoints(session.root):
+        session.checkpoints.save(state)  # a way back from the first steps
     while True:
         with (
             closing(batches(run, world, dataset, state.step, state.guard.shift)) as source,
@@ -114,8 +179,8 @@ def _run_steps(session: Session, state: TrainState, stop: Callable[[], int]) -> 
             state, end = fold(
                 state,
                 source,
-                step=make_step(run, world),
-                evaluate=make_evaluate(run, world, dataset),
+                step=make_step(run, world, session.loss),
+                evaluate=make_evaluate(run, world, dataset, session.loss),
                 observers=(*observers, _checkpointing(session)),
                 stop=stop,
                 pulse=session.pulse,
@@ -136,13 +201,10 @@ def _recover(session: Session, state: TrainState, fault: Metrics) -> TrainState:
         raise stopped(
             session.run.guard, state.guard, fault.fault, step=fault.step, loss=fault.loss, grad_norm=fault.grad_norm
         )
-    path = complete_checkpoints(session.checkpoints)[-1]
-    record = megatron.load(path, session.run, session.world, state.models)
-    step, then = record["step"], Guard.of_record(record)
-    _note(session, state, found | {"to": step})
-    session.console.print(f"step {fault.step}: {fault.fault}; back to step {step}, past the data up to here")
-    guard = rolled_back(state.guard, state.step, then, step)
-    return TrainState(step=step, tokens=record["tokens"], models=state.models, guard=guard)
+    restored = session.checkpoints.restore(state)
+    _note(session, state, found | {"to": restored.step})
+    session.console.print(f"step {fault.step}: {fault.fault}; back to step {restored.step}, past the data up to here")
+    return replace(restored, guard=rolled_back(state.guard, state.step, restored.guard, restored.step))
 
 
 def _note(session: Session, state: TrainState, event: dict[str, Any]) -> None:
@@ -152,36 +214,19 @@ def _note(session: Session, state: TrainState, event: dict[str, Any]) -> None:
 
 
 def _checkpointing(session: Session) -> Observer:
-    interval, last = session.run.checkpoint.interval, session.run.train.steps
-
-    def observe(state: TrainState, _: Metrics) -> None:
-        if interval and state.step % interval == 0 and state.step != last:
-            _save(session, state)
+    def observe(state: TrainState, metrics: Metrics) -> None:
+        session.pulse.mark(state.step, "saving")
+        session.checkpoints.observe(state, metrics)
 
     return observe
-
-
-def _save_last(session: Session, state: TrainState, *, stopped: bool) -> None:
-    wanted = stopped or session.run.checkpoint.save_at_end
-    if wanted and not checkpoint_path(session.checkpoints, state.step).exists():
-        _save(session, state)
-
-
-def _save(session: Session, state: TrainState) -> None:
-    record = run_record(session.run, session.dataset.digest, state.step, state.tokens)
-    record |= {"guard": asdict(state.guard)}
-    session.pulse.mark(state.step, "saving")
-    path = checkpoint_path(session.checkpoints, state.step)
-    megatron.save(path, session.run, session.world, state.models, record)
-    if session.world.rank == 0:
-        prune(session.checkpoints, session.run.checkpoint.keep_last)
 
 
 def _opening(session: Session, models: Models, resume: Path | None) -> str:
     run, world, dataset = session.run, session.world, session.dataset
     source = resume or run.init.hf or "random weights"
+    trained = "" if run.peft.kind == "none" else f", {run.trainable_parameters:,} in adapters train"
     return (
-        f"{run.model.family}, {run.model.num_parameters:,} parameters from {source}; {world.world_size} "
+        f"{run.model.family}, {run.model.num_parameters:,} parameters from {source}{trained}; {world.world_size} "
         f"rank{'s' * (world.world_size > 1)} on {world.device.type} ({models.impl}); {dataset.description}"
     )
 
@@ -192,19 +237,23 @@ def _show_results(session: Session, state: TrainState, *, stopped: bool) -> None
     if run.log.curve and records:
         draw_curve(records, output_dir / CURVE, f"{run.model.family}, {run.model.num_parameters:,} parameters")
     if stopped:
-        path = checkpoint_path(session.checkpoints, state.step)
+        path = checkpoint_path(session.root, state.step)
         console.print(
             f"stopped after step {state.step}, saved {path}; the same command with this output directory goes on"
         )
         return
     console.print(f"results: {output_dir}", highlight=False, soft_wrap=True)
-    tokenizer = session.dataset.tokenizer
+    tokenizer, whole = session.dataset.tokenizer, output_dir / HF
+    if run.checkpoint.export_hf and run.peft.kind != "none":
+        console.print(f"adapters for PEFT: {output_dir / ADAPTER}", highlight=False, soft_wrap=True)
+        if not run.checkpoint.export_merged:
+            return
     if not run.checkpoint.export_hf or not run.log.sample_prompt or tokenizer is None:
         return
     if run.model.num_parameters > LARGEST:
-        console.print(f"no sample of a model this large; `python -m mbfn.generate hf={output_dir / EXPORT}` makes one")
+        console.print(f"no sample of a model this large; `python -m mbfn.generate hf={whole}` makes one")
         return
     prompt, tokens = run.log.sample_prompt, run.log.sample_tokens
-    text = sample(output_dir / EXPORT, tokenizer.files[0], prompt, tokens=tokens, seed=run.train.seed)
-    console.print(f"transformers reads {output_dir / EXPORT} and continues:", highlight=False, soft_wrap=True)
+    text = sample(whole, tokenizer.files[0], prompt, tokens=tokens, seed=run.train.seed)
+    console.print(f"transformers reads {whole} and continues:", highlight=False, soft_wrap=True)
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +19,24 @@ from mbfn.train.checkpoints import (
     checkpoint_path,
     checkpoint_to_resume,
     complete_checkpoints,
+    kept,
     prune,
     run_record,
+    skipped_checkpoints,
 )
 from tests.data.runs import make_run
 
 RUN = make_run(Path("unused"))
 
 
-def saved(root: Path, *steps: int) -> None:
+def saved(root: Path, *steps: int, losses: dict[int, float] | None = None) -> None:
     for step in steps:
-        checkpoint_path(root, step).mkdir(parents=True)
-        (checkpoint_path(root, step) / "metadata.json").write_text("{}")
+        path = checkpoint_path(root, step)
+        path.mkdir(parents=True)
+        (path / "metadata.json").write_text("{}")
+        (path / "__0_0.distcp").write_bytes(b"weights")
+        manifest = {"files": {"metadata.json": 2, "__0_0.distcp": 7}, "valid_loss": (losses or {}).get(step)}
+        (path / "mbfn.json").write_text(json.dumps(manifest))
 
 
 def names(root: Path) -> list[str]:
@@ -43,13 +52,53 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert checkpoint_to_resume(RUN, tmp_path / "none") is None
 
 
-def test_the_last_ones_are_kept(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2, 3, 4)
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda path: (path / "mbfn.json").unlink(), r"mbfn.json: cannot be read"),
+        (lambda path: (path / "__0_0.distcp").unlink(), r"__0_0.distcp: No such file"),
+        (lambda path: (path / "__0_0.distcp").write_bytes(b"wei"), r"__0_0.distcp: expected 7 bytes, found 3"),
+        (lambda path: (path / "mbfn.json").write_text("{"), r"mbfn.json: cannot be read"),
+    ],
+)
+def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, fault: Callable[[Path], None], said: str) -> None:
+    saved(tmp_path, 5, 7)
+    fault(checkpoint_path(tmp_path, 7))
+    resumed = checkpoint_to_resume(RUN, tmp_path)
+    assert resumed == checkpoint_path(tmp_path, 5)
+    (line,) = skipped_checkpoints(tmp_path, resumed)
+    assert re.search(said, line)
+
+
+def test_a_checkpoint_of_another_run_is_for_an_empty_directory(tmp_path: Path) -> None:
+    saved(tmp_path / "other" / "checkpoints", 3, 4)
+    for named in (tmp_path / "other", tmp_path / "other" / "checkpoints" / "step_00000004"):
+        run = replace(RUN, checkpoint=CheckpointConfig(resume=str(named)))
+        assert checkpoint_to_resume(run, tmp_path / "own") == tmp_path / "other" / "checkpoints" / "step_00000004"
+    saved(tmp_path / "own", 9)
+    assert checkpoint_to_resume(run, tmp_path / "own") == checkpoint_path(tmp_path / "own", 9)
+    nowhere = replace(RUN, checkpoint=CheckpointConfig(resume=str(tmp_path / "nowhere")))
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume: .*nowhere: neither a Megatron checkpoint nor a run"):
+        checkpoint_to_resume(nowhere, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("config", "stay"),
+    [
+        (CheckpointConfig(keep_last=2), {50, 60}),
+        (CheckpointConfig(keep_last=1, interval=10, keep_every=20), {20, 40, 60}),
+        (CheckpointConfig(keep_last=1, keep_best=2), {30, 50, 60}),
+        (CheckpointConfig(keep_last=9), {10, 20, 30, 40, 50, 60}),
+    ],
+)
+def test_what_is_kept(tmp_path: Path, config: CheckpointConfig, stay: set[int]) -> None:
+    losses = {10: 3.0, 20: 2.9, 30: 2.5, 40: float("nan"), 50: 2.7}
+    assert kept([(step, losses.get(step)) for step in range(10, 70, 10)], config) == stay
+    saved(tmp_path, *range(10, 70, 10), losses=losses)
     (tmp_path / ".dropped_step_00000000").mkdir()
-    prune(tmp_path, 2)
-    assert names(tmp_path) == ["step_00000003", "step_00000004"]
-    prune(tmp_path, 2)
-    assert names(tmp_path) == ["step_00000003", "step_00000004"]
+    for _ in range(2):
+        prune(tmp_path, config)
+        assert names(tmp_path) == [f"step_{step:08d}" for step in sorted(stay)]
 
 
 def test_never_resuming_does_not_mix_runs(tmp_path: Path) -> None:
@@ -84,4 +133,7 @@ def test_another_run_is_not_continued(now: RunConfig, data: str, field: str) -> 
 
 def test_a_longer_run_of_the_same_kind_is_continued() -> None:
     record = run_record(RUN, "text", 3, 96)
-    check_record(record, changed(steps=50, micro_batch_size=4, eval_interval=3), "text", Path("step_00000003"))
+    now = changed(steps=50, micro_batch_size=4, eval_interval=3)
+    before, after = RUN.train.steps, now.train.steps
+    said = check_record(record, now, "text", Path("step_00000003"))
+    assert said == [f"train.steps: was {before} up to here, is {after} from now on"]
