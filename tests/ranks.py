@@ -56,6 +56,7 @@ def _rank(rank: int, size: int, port: int, send: Connection, call: Callable[[], 
         GLOO_SOCKET_IFNAME="lo",
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)  # renews the pool that the fork broke, before two threads do it at once and one finds none
     try:
         reply = pickle.dumps((True, call()))
     except BaseException:

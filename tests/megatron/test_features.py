@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +28,6 @@ from tests.ranks import run_ranks
 STEPS = 20
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 TP2 = ParallelConfig(tp=2, sequence_parallel=True)
-DENSE, SPARSE = ("gemma2", "gemma2_biased", "gemma3"), ("gpt_oss",)
-CUTS = [
-    pytest.param(DENSE, ParallelConfig(tp=2), id="tp2"),
-    pytest.param((*DENSE, *SPARSE), TP2PP2, id="tp2pp2sp"),
-    pytest.param((*DENSE, *SPARSE), ParallelConfig(cp=2), id="cp2"),
-    pytest.param(SPARSE, ParallelConfig(ep=2), id="ep2"),
-    pytest.param(SPARSE, replace(TP2, ep=2), id="tp2sp_ep2"),
-    pytest.param(SPARSE, replace(TP2, etp=2), id="tp2sp_etp2", marks=pytest.mark.slow),
-    pytest.param(SPARSE, replace(TP2, ep=2, etp=2), id="tp2sp_ep2etp2"),
-]
 TOKENS = torch.randint(0, 100, (2, 29), generator=torch.Generator().manual_seed(1))
 NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "gemma": [{"embedding_multiplier": 1.0}, {"activation": "swiglu"}, {"zero_centered_gamma": False}],
@@ -152,23 +141,6 @@ def test_it_trains_as_transformers_does(variant: str) -> None:
     assert max(abs(a.loss - loss) for a, (loss, _) in zip(results, expected, strict=True)) < 1e-3
     assert max(abs(a.grad_norm / norm - 1) for a, (_, norm) in zip(results, expected, strict=True)) < 1e-3
     assert results[-1].loss < results[0].loss - 0.2
-
-
-@functools.cache
-def _alone(variant: str) -> list[megatron.StepResult]:
-    hf = hf_model(variant)
-    run = run_config(config_of(hf), ParallelConfig())
-    return run_ranks(1, train, run, weights_of(hf), steps=range(4))[0][0]
-
-
-@pytest.mark.parametrize(("variants", "parallel"), CUTS)
-def test_every_cut_trains_as_one_process(variants: tuple[str, ...], parallel: ParallelConfig) -> None:
-    for variant in variants:
-        model, weights = config_of(hf_model(variant)), weights_of(hf_model(variant))
-        single = _alone(variant)
-        for results, _ in run_ranks(parallel.world_size, train, run_config(model, parallel), weights, steps=range(4)):
-            assert [r.loss for r in results] == pytest.approx([r.loss for r in single], abs=2e-6), variant
-            assert [r.grad_norm for r in results] == pytest.approx([r.grad_norm for r in single], rel=2e-5), variant
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3", "gpt_oss"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
-import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert import to_hf
@@ -21,12 +19,6 @@ from tests.ranks import run_ranks
 
 STEPS = 5
 SCALE = 0.1  # Megatron's weight of the added loss
-LAYOUTS = {
-    "tp2sp": ParallelConfig(tp=2, sequence_parallel=True),
-    "pp2": ParallelConfig(pp=2),
-    "cp2": ParallelConfig(cp=2),
-    "pp2ep2": ParallelConfig(pp=2, ep=2),
-}
 
 
 class Further(nn.Module):
@@ -70,26 +62,6 @@ def test_one_process_trains_as_written_out(both: tuple[nn.Module, Further]) -> N
     assert [r.grad_norm for r in results] == pytest.approx([norm for _, norm in expected], rel=1e-4)
     for name, value in _weights(base, further).items():
         assert torch.allclose(exported[name], value, atol=1e-4), name
-
-
-SLOW = ("pp2", "cp2")
-
-
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in LAYOUTS])
-def test_every_cut_trains_as_one_process(layout: str) -> None:
-    model, parallel = _model(mixture("deepseek_v3")), LAYOUTS[layout]
-    single = _single()
-    ranks = run_ranks(parallel.world_size, train, run_config(model, parallel), None, steps=range(STEPS))
-    assert all(found == ranks[0][0] for found, _ in ranks)
-    assert [r.loss for r in ranks[0][0]] == pytest.approx([r.loss for r in single], abs=2e-6)
-    assert [r.grad_norm for r in ranks[0][0]] == pytest.approx([r.grad_norm for r in single], rel=2e-5)
-
-
-@cache
-def _single() -> list[megatron.StepResult]:
-    run = run_config(_model(mixture("deepseek_v3")), ParallelConfig())
-    ((results, _),) = run_ranks(1, train, run, None, steps=range(STEPS))
-    return results
 
 
 def _model(base: nn.Module) -> ModelConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,16 +17,6 @@ from tests.megatron.tiny import config_of, hf_model, loss_mask, micro_batches, p
 from tests.ranks import RankError, run_ranks
 
 STEPS = 50
-LAYOUTS = {
-    "tp2": ParallelConfig(tp=2),
-    "tp2sp": ParallelConfig(tp=2, sequence_parallel=True),
-    "pp2": ParallelConfig(pp=2),
-    "pp2vpp2": ParallelConfig(pp=2, vpp=2),
-    "tp2pp2": ParallelConfig(tp=2, pp=2),
-    "dp2": ParallelConfig(dp=2),
-    "cp2": ParallelConfig(cp=2),
-}
-FULL = ("tp2", "pp2", "tp2pp2", "dp2")  # over the whole curve; the rest over its first steps
 Start = tuple[ModelConfig, dict[str, Tensor]]
 
 
@@ -51,24 +40,6 @@ def test_one_process_trains_as_transformers_does(start: Start, single: list[mega
     assert [result.grad_norm for result in single[:5]] == pytest.approx([norm for _, norm in expected[:5]], rel=1e-4)
     assert {result.tokens for result in single} == {int(loss_mask().sum())}
     assert not any(result.skipped for result in single)
-
-
-@pytest.mark.parametrize(
-    ("layout", "distributed"), [*((layout, True) for layout in LAYOUTS), ("dp2", False), ("tp2pp2", False)]
-)
-def test_every_cut_trains_as_one_process(
-    start: Start, single: list[megatron.StepResult], layout: str, distributed: bool
-) -> None:
-    model, weights = start
-    run = run_config(model, replace(LAYOUTS[layout], sharding="zero1" if distributed else "none"))
-    steps = range(STEPS if distributed and layout in FULL else 8)
-    ranks = run_ranks(run.parallel.world_size, train, run, weights, steps=steps)
-    assert all(results == ranks[0][0] for results, _ in ranks)
-    apart = [abs(a.loss - b.loss) for a, b in zip(ranks[0][0], single, strict=False)]
-    norms = [abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(ranks[0][0], single, strict=False)]
-    assert max(apart[:5]) < 2e-6
-    assert max(norms[:5]) < 2e-5
-    assert max(apart) < 2e-3
 
 
 def test_overlapped_reduce_and_gather_change_nothing(start: Start) -> None:
