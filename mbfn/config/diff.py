@@ -23,6 +23,7 @@ EFFECTS: Mapping[str, Effect] = {
     "data": "numerics",
     "data.cache": "bookkeeping",
     "data.workers": "speed",
+    "loss": "numerics",
     "optim": "numerics",
     "optim.overlap_grad_reduce": "speed",
     "optim.overlap_param_gather": "speed",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from mbfn.config.data import DataConfig, TextData, row_problems
 from mbfn.config.guard import GuardConfig
 from mbfn.config.layout import layout_problems
+from mbfn.config.loss import LossConfig, TokenLoss, loss_problems
 from mbfn.config.model import ModelConfig
 from mbfn.config.optim import OptimConfig, ScheduleConfig
 from mbfn.config.parallel import ParallelConfig
@@ -30,6 +31,7 @@ class RunConfig:
     precision: PrecisionConfig = PrecisionConfig()
     peft: PeftConfig = PeftConfig()
     data: DataConfig = TextData()
+    loss: LossConfig = TokenLoss()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -43,7 +45,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = [*layout_problems(self.model, self.parallel), *_batch_problems(self), *_schedule_problems(self)]
-        problems += [*_overlap_problems(self), *_sharding_problems(self)]
+        problems += [*_overlap_problems(self), *_sharding_problems(self), *loss_problems(self)]
         problems += watch_problems(self)
         if problems:
             raise ConfigError(problems)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mbfn.config.optim import learning_rate
 from mbfn.config.run import RunConfig
 from mbfn.data import Dataset, prefetched, read_batch
-from mbfn.megatron import StepResult, World, eval_step, train_step
+from mbfn.megatron import Loss, StepResult, World, eval_step, train_step
 from mbfn.train.guard import learned, make_judge, response
 from mbfn.train.state import Metrics, TrainState
 
@@ -26,13 +26,14 @@ def batches(run: RunConfig, world: World, dataset: Dataset, start: int, shift: i
     yield from prefetched(made)
 
 
-def make_step(run: RunConfig, world: World) -> Step:
-    """One update of the weights at the learning rate that its number has."""
+def make_step(run: RunConfig, world: World, loss: Loss | None = None) -> Step:
+    """One update of the weights at the learning rate that its number has; the loss is the tokens' unless given."""
+    minimised = loss or Loss()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         lr = learning_rate(run.optim, run.schedule, run.train.steps, state.step)
         judge = make_judge(run.guard, state.guard, world)
-        result = train_step(run, world, state.models, batch, lr=lr, judge=judge)
+        result = train_step(run, world, state.models, batch, lr=lr, loss=minimised, judge=judge)
         answer = response(run.guard, state.guard, result.fault) if result.fault else ""
         after = _after(run, state, result, answer)
         metrics = Metrics(
@@ -61,15 +62,16 @@ def _after(run: RunConfig, state: TrainState, result: StepResult, answer: str) -
     return replace(state, step=state.step + 1, tokens=state.tokens + result.tokens, guard=guard)
 
 
-def make_evaluate(run: RunConfig, world: World, dataset: Dataset) -> Evaluate:
+def make_evaluate(run: RunConfig, world: World, dataset: Dataset, loss: Loss | None = None) -> Evaluate:
     """Add the mean loss on held-out text to metrics of a step at which it is due."""
+    measured = loss or Loss()
     interval, held_out = run.train.eval_interval, dataset.valid
 
     def evaluate(state: TrainState, metrics: Metrics) -> Metrics:
         if held_out is None or not interval or (state.step % interval and state.step != run.train.steps):
             return metrics
         read = (read_batch(held_out, run, number, world.coordinates.dp) for number in range(run.train.eval_batches))
-        losses = [eval_step(run, world, state.models, _checked(batch, run)) for batch in read]
+        losses = [eval_step(run, world, state.models, _checked(batch, run), loss=measured) for batch in read]
         return replace(metrics, valid_loss=sum(losses) / len(losses))
 
     return evaluate
