@@ -13,6 +13,7 @@ from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
 from mbfn.config.peft import PeftConfig
 from mbfn.config.run import RunConfig
+from mbfn.config.train import InitConfig
 from mbfn.errors import ConfigError, require
 from mbfn.families import model_from_hf
 from mbfn.megatron import Distillation, Frozen, Loss, World, distillation, open_frozen
@@ -41,9 +42,8 @@ def open_hf_model(run: RunConfig, world: World, directory: str) -> Frozen:
     source = Path(directory).expanduser()
     divisor = run.model.make_vocab_size_divisible_by
     model = replace(model_from_hf(source), make_vocab_size_divisible_by=divisor)
-    init = replace(run.init, hf=str(source))
     try:
-        looked_at = replace(run, model=model, init=init, loss=TokenLoss(), peft=PeftConfig())
+        looked_at = replace(run, model=model, init=InitConfig(hf=str(source)), loss=TokenLoss(), peft=PeftConfig())
     except ConfigError as error:
         raise ConfigError([(f"{source}: {field}", text) for field, text in error.problems]) from error
     return open_frozen(looked_at, world, initial_weights(looked_at, world))
