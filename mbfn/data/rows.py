@@ -78,6 +78,6 @@ def rows_of_samples(bins: Sequence[Sequence[Sample]], length: int, *, pack: bool
     )
 
 
-def padded(length: int, multiple: int) -> int:
+def padded[T: (int, np.ndarray)](length: T, multiple: int) -> T:
     """`length` rounded up to a multiple."""
     return -(-length // multiple) * multiple
