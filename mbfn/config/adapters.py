@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbfn.config.linears import Linear, layer_linears, linear_path
 from mbfn.config.model import ModelConfig
 from mbfn.config.peft import AdapterSpec, PeftConfig
-from mbfn.errors import ConfigError
+from mbfn.errors import ConfigError, require
 
+if TYPE_CHECKING:
+    from mbfn.config.run import RunConfig
+
+_OVERLAP = "parallel.overlap_moe_expert_parallel_comm"
 Method = Callable[[str, Linear], AdapterSpec | None]
 """Decides on each linear of a model, by its path and its description."""
 
@@ -58,6 +62,31 @@ def adapters_of(model: ModelConfig, peft: PeftConfig) -> tuple[Adapter, ...]:
         where = f"{peft.method} gave" if peft.method else "peft.exclude leaves"
         raise ConfigError([("peft.targets", f"{where} no module an adapter; the model has {_names(linears)}")])
     return found
+
+
+def adapter_problems(run: RunConfig) -> list[tuple[str, str]]:
+    """What a run with adapters, or without, cannot do."""
+    problems: list[tuple[str, str]] = []
+    if run.peft.kind == "none":
+        text = "there are no adapters; choose peft=lora, lora_canonical, rslora or dora"
+        require(run.init.adapter is None, "init.adapter", text, problems)
+        require(not run.checkpoint.export_merged, "checkpoint.export_merged", text, problems)
+        return problems
+    parallel, train = run.parallel, run.train
+    sharded = parallel.sharding in ("none", "zero1")
+    require(sharded, "parallel.sharding", "adapters train with none or zero1", problems)
+    overlaps = parallel.overlap_moe_expert_parallel_comm or parallel.moe_shared_expert_overlap
+    field = "parallel.moe_shared_expert_overlap" if parallel.moe_shared_expert_overlap else _OVERLAP
+    require(not overlaps, field, "adapters are no part of the overlapped kernels; set it to false", problems)
+    require(not parallel.tp_comm_overlap, "parallel.tp_comm_overlap", "not with adapters; set it to false", problems)
+    require(train.cuda_graph_impl == "none", "train.cuda_graph_impl", "not with adapters; set it to none", problems)
+    merged = not run.checkpoint.export_merged or run.checkpoint.export_hf
+    require(merged, "checkpoint.export_merged", "needs checkpoint.export_hf=true", problems)
+    try:
+        adapters_of(run.model, run.peft)
+    except ConfigError as error:
+        problems += error.problems
+    return problems
 
 
 def trainable_parameters(model: ModelConfig, peft: PeftConfig) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from mbfn.config.adapters import adapter_problems, trainable_parameters
 from mbfn.config.data import DataConfig, TextData, row_problems
 from mbfn.config.guard import GuardConfig
 from mbfn.config.layout import layout_problems
@@ -46,7 +47,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         problems = [*layout_problems(self.model, self.parallel), *_batch_problems(self), *_schedule_problems(self)]
         problems += [*_overlap_problems(self), *_sharding_problems(self), *loss_problems(self)]
-        problems += watch_problems(self)
+        problems += [*watch_problems(self), *adapter_problems(self)]
         if problems:
             raise ConfigError(problems)
 
@@ -54,6 +55,11 @@ class RunConfig:
     def num_microbatches(self) -> int:
         """Micro-batches that each data-parallel replica accumulates in a step."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data_parallel_size)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Weights that the run updates: all of the model's, or those of its adapters."""
+        return trainable_parameters(self.model, self.peft)
 
     @property
     def digest(self) -> str:

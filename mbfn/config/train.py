@@ -76,6 +76,7 @@ class InitConfig:
     """Where the first weights come from."""
 
     hf: str | None = None  # a Hugging Face directory; none: random, by train.seed
+    adapter: str | None = None  # with peft: adapters to go on with, a directory of PEFT's; none: new ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,8 @@ class CheckpointConfig:
     on_failure: Literal["stop", "continue"] = "stop"  # where one cannot be written, as on a full disk: end, or go on
     verify: Literal["digests", "sizes"] = "digests"  # checked before training: every byte read, or the sizes of files
     save_at_end: bool = True
-    export_hf: bool = True  # a Hugging Face directory of the final weights
+    export_hf: bool = True  # a Hugging Face directory of the final weights; of adapters with peft
+    export_merged: bool = False  # with peft: the frozen weights with the adapters added, too
     resume: str = "auto"  # auto: the last complete one of the output directory; never; DIR: one of another run
 
     def __post_init__(self) -> None:

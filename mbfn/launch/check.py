@@ -32,6 +32,8 @@ def check_launch(run: RunConfig, rank: Rank | None, gpus: int, memory: int | Non
     Raises: LaunchError, one line that names what can be done.
     """
     device = device_of(run, gpus)
+    if run.peft.kind != "none" and run.init.hf is None:
+        raise LaunchError("init.hf: adapters train beside weights that are trained already; give init.hf=DIR")
     if rank is None:
         _check_alone(run, device, gpus)
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Adapt = Callable[[str, type], type]
 """The class that stands in for a linear's, by the module's path in the whole model."""
 
+MARK = ".adapter."  # in the name of every tensor that an adaptation adds
 DOWN = ("linear_q_down_proj", "linear_kv_down_proj")  # Megatron's constructor takes no class for them but its own
 
 

@@ -24,7 +24,6 @@ from mbfn.config.linears import Cut
 from mbfn.config.peft import AdapterSpec
 from mbfn.megatron.modules import new_device
 
-MARK = ".adapter."  # in the name of every tensor of an adapter
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

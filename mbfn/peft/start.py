@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from mbfn.config.adapters import Adapter
 from mbfn.config.run import RunConfig
-from mbfn.convert.adapters import check_repeats
+from mbfn.convert.adapters import adapter_table, adapter_to_megatron
 from mbfn.convert.copies import Shape
 from mbfn.convert.plans import Layout, rank_plans
-from mbfn.convert.states import PlannedState, check_hf
-from mbfn.convert.table import Table
+from mbfn.convert.states import PlannedState
 from mbfn.megatron.settings import choose_impl
 from mbfn.megatron.weights import stream_of
 from mbfn.megatron.world import World
@@ -66,16 +66,15 @@ class Joined(Mapping[str, Tensor]):
 
 
 def start_weights(
-    run: RunConfig, world: World, table: Table, source: Mapping[str, Tensor] | None
+    run: RunConfig, world: World, adapters: tuple[Adapter, ...], source: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor]:
     """This rank's adapter tensors, by their names in its model.
 
     Raises: ConversionError for a `source` that does not hold exactly the adapters of the run.
     """
-    if source is None:
-        source = FreshAdapters(table.hf_shapes, run.train.seed)
-    else:
-        check_hf(table, source, "init.adapter")
-        check_repeats(table, source, "init.adapter")
-    layout = Layout(parallel=run.parallel, impl=choose_impl(world.device))
-    return PlannedState(rank_plans(table, layout, world.rank), source)
+    impl = choose_impl(world.device)
+    if source is not None:
+        return adapter_to_megatron(source, run.model, adapters, parallel=run.parallel, rank=world.rank, impl=impl)
+    table = adapter_table(run.model, adapters, run.parallel)
+    fresh = FreshAdapters(table.hf_shapes, run.train.seed)
+    return PlannedState(rank_plans(table, Layout(parallel=run.parallel, impl=impl), world.rank), fresh)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mbfn.config.adapters import Adapter, adapters_of
 from mbfn.config.parallel import ParallelConfig, RankCoordinates
 from mbfn.config.run import RunConfig
-from mbfn.convert.adapters import adapter_table
 from mbfn.convert.table import Table, table_of
 from mbfn.families.adapters import row_labels, rule_name
+from mbfn.megatron.adapt import MARK
 from mbfn.megatron.settings import choose_impl
 from mbfn.megatron.world import World
-from mbfn.peft.modules import MARK, LowRank, Plan
+from mbfn.peft.modules import LowRank, Plan
 from mbfn.peft.sharded import sharded_adapter, sharded_experts
 from mbfn.peft.start import Joined, start_weights
 
@@ -33,7 +33,7 @@ class LowRankAdaptation:
         self._run, self._world, self._source = run, world, source
         self._adapters = {adapter.path: adapter for adapter in adapters}
         self._weights = table_of(run.model, run.parallel)
-        self._table = adapter_table(run.model, adapters, run.parallel)
+        self._chosen = adapters
         self._class = functools.cache(functools.partial(with_adapter, world=world))
 
     def linear(self, path: str, linear: type) -> type:
@@ -47,7 +47,7 @@ class LowRankAdaptation:
 
     def weights(self, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`base` and this rank's adapters."""
-        return Joined(base, start_weights(self._run, self._world, self._table, self._source))
+        return Joined(base, start_weights(self._run, self._world, self._chosen, self._source))
 
     def prepare(self, chunks: Sequence[nn.Module]) -> None:
         """Let nothing but the adapters train; give DoRA the lengths that the weights have."""

@@ -17,14 +17,16 @@ from mbfn.config.adapters import Adapter
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.adapters import adapter_table
+from mbfn.convert.merge import Merged
 from mbfn.convert.states import check_hf
 from mbfn.convert.table import Table
 from mbfn.errors import CheckpointError
+from mbfn.families import model_from_hf
 from mbfn.storage.atomic import atomic_directory
 from mbfn.storage.headers import make_header
 from mbfn.storage.hf import HfDirectory, open_hf, read_json
 from mbfn.storage.hf_shards import Declared
-from mbfn.storage.hf_write import METADATA
+from mbfn.storage.hf_write import METADATA, carried_files, save_hf
 from mbfn.storage.peft_config import adapter_form, adapters_in, peft_config
 from mbfn.storage.streams import write_exactly, write_tensor
 
@@ -96,3 +98,26 @@ def _write(file: Path, declared: list[Declared], tensors: Mapping[str, Tensor]) 
     finally:
         os.close(fd)
     return crcs
+
+
+def merge_adapter(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, workers: int = 1
+) -> int:
+    """Write the weights of the Hugging Face directory `base` with an adapter directory added; how many tensors.
+
+    A tensor at a time is in memory, in fp32. Raises: CheckpointError, ConversionError.
+    """
+    model = model_from_hf(Path(base))
+    with open_hf(base) as weights, open_adapter(adapter, model) as found:
+        merged = Merged(weights, model, found.adapters, found.table, found.tensors)
+        plan = [Declared(name=n, shape=weights.meta(n).shape, dtype=weights.meta(n).dtype) for n in weights]
+        save_hf(
+            out,
+            ((name, merged[name]) for name in merged),
+            model,
+            config=weights.config(),
+            plan=plan,
+            extra_files=carried_files(base),
+            workers=workers,
+        )
+        return len(plan)

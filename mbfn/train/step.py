@@ -11,6 +11,7 @@ from mbfn.config.optim import learning_rate
 from mbfn.config.run import RunConfig
 from mbfn.data import Dataset, prefetched, read_batch
 from mbfn.megatron import Loss, StepResult, World, eval_step, train_step
+from mbfn.peft import seed_dropout
 from mbfn.train.guard import learned, make_judge, response
 from mbfn.train.state import Metrics, TrainState
 
@@ -32,6 +33,7 @@ def make_step(run: RunConfig, world: World, loss: Loss | None = None) -> Step:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         lr = learning_rate(run.optim, run.schedule, run.train.steps, state.step)
+        seed_dropout(run, world, state.step + state.guard.shift)
         judge = make_judge(run.guard, state.guard, world)
         result = train_step(run, world, state.models, batch, lr=lr, loss=minimised, judge=judge)
         answer = response(run.guard, state.guard, result.fault) if result.fault else ""
