@@ -53,7 +53,8 @@ class Saver:
     def __init__(self, world: World) -> None:
         self._world = world
         store: Any = dist.distributed_c10d._get_default_store()  # a clone has a connection of its own
-        self._store = dist.PrefixStore("checkpoints", store.clone())
+        maker = store.add(f"savers/{world.rank}", 1)  # every rank makes its savers in one order
+        self._store = dist.PrefixStore(f"saver/{maker}", store.clone())
         self._number = 0
         self._plan: tuple[Mapping[Ident, int], frozenset[Ident], int] | None = None
         self._host: Tensor | None = None
