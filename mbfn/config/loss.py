@@ -94,8 +94,8 @@ def loss_problems(run: RunConfig) -> Problems:
     loss, layers, further = run.loss, run.model.num_layers, run.model.mtp_num_layers
     if not isinstance(loss, DistillLoss):
         return problems
-    text = f"the {further} layers for further tokens learn from labels alone; set model.mtp_num_layers=0"
-    require(not further, "loss.kind", text, problems)
+    text = f"{further}: layers for further tokens learn from labels alone, not with loss=distill; set it to 0"
+    require(not further, "model.mtp_num_layers", text, problems)
     held = all(0 <= layer < layers for layer in loss.hidden_layers)
     text = f"expected numbers from 0 to {layers - 1}, got {list(loss.hidden_layers)}"
     require(held, "loss.hidden_layers", text, problems)

@@ -82,7 +82,7 @@ def teacher_problems(
         return problems
     own, other = _places(model, parallel), _places(teacher, parallel)
     for layer, taught in pairs:
-        text = f"layer {layer} and the teacher's {taught} are on different pipeline stages; pair layers of one stage"
+        text = f"layer {layer} and the teacher's {taught} are on different pipeline stages; pair those of one"
         require(own[layer] == other[taught], "loss.hidden_layers", text, problems)
     return problems
 
