@@ -19,6 +19,7 @@ EFFECTS: Mapping[str, Effect] = {
     "model": "numerics",
     "model.make_vocab_size_divisible_by": "memory",
     "precision": "numerics",
+    "fusion": "speed",
     "peft": "numerics",
     "data": "numerics",
     "data.cache": "bookkeeping",
@@ -78,6 +79,8 @@ class _Absent:
         return "absent"
 
 
+    "bench": "bookkeeping",
+    "benchmark": "bookkeeping",
 ABSENT = _Absent()
 
 

@@ -7,7 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 
 from mbfn.config.adapters import adapter_problems, trainable_parameters
+from mbfn.config.bench import BenchmarkConfig, benchmark_problems
 from mbfn.config.data import DataConfig, TextData, row_problems
+from mbfn.config.fusion import FusionConfig, fusion_problems
 from mbfn.config.guard import GuardConfig
 from mbfn.config.layout import layout_problems
 from mbfn.config.loss import LossConfig, TokenLoss, loss_problems
@@ -17,6 +19,7 @@ from mbfn.config.parallel import ParallelConfig
 from mbfn.config.peft import PeftConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.profile import ProfileConfig
+from mbfn.config.recipes import precision_problems
 from mbfn.config.site import SiteConfig
 from mbfn.config.train import CheckpointConfig, InitConfig, LaunchConfig, LogConfig, TrainConfig
 from mbfn.config.watch import watch_problems
@@ -43,11 +46,15 @@ class RunConfig:
     site: SiteConfig = SiteConfig()
     train: TrainConfig = TrainConfig()
     init: InitConfig = InitConfig()
+    fusion: FusionConfig = FusionConfig()
+    bench: bool = False  # measure the speed of the run's steps, then stop: `benchmark` says how
+    benchmark: BenchmarkConfig = BenchmarkConfig()
 
     def __post_init__(self) -> None:
         problems = [*layout_problems(self.model, self.parallel), *_batch_problems(self), *_schedule_problems(self)]
         problems += [*_overlap_problems(self), *_sharding_problems(self), *loss_problems(self)]
         problems += [*watch_problems(self), *adapter_problems(self)]
+        problems += [*precision_problems(self), *fusion_problems(self), *benchmark_problems(self)]
         if problems:
             raise ConfigError(problems)
 

@@ -10,6 +10,7 @@ from mbfn.config.run import RunConfig
 from mbfn.megatron.adapt import Adaptation
 from mbfn.megatron.model import LanguageModel, build_chunks
 from mbfn.megatron.optimizer import Models, gathered, wrap
+from mbfn.megatron.precision import in_full, on_device
 from mbfn.megatron.settings import choose_impl, transformer_config
 from mbfn.megatron.weights import chunk_tensors, load_weights, random_weights
 from mbfn.megatron.world import World
@@ -25,6 +26,7 @@ def build(
 
     Raises: ConversionError for weights that are not exactly the model's.
     """
+    run = on_device(run, world.device)
     chunks = build_model(run, world, weights, adaptation)
     return wrap(run, world, chunks, chunks[0].config, impl=choose_impl(world.device))
 
@@ -34,7 +36,7 @@ def build_model(
 ) -> tuple[LanguageModel, ...]:
     """This rank's model chunks with their weights, as `build` makes them, and nothing to train them with."""
     impl = choose_impl(world.device)
-    config = transformer_config(run, world)
+    config = transformer_config(on_device(run, world.device), world)
     adapt = None if adaptation is None else adaptation.linear
     chunks = build_chunks(run.model, run.parallel, config, world.groups, impl=impl, adapt=adapt)
     if weights is None:
@@ -46,6 +48,9 @@ def build_model(
 
 
 def state_dict(models: Models) -> dict[str, Tensor]:
-    """This rank's weights under the names of `mbfn.to_megatron`. The tensors are the model's own, not copies."""
+    """This rank's weights under the names of `mbfn.to_megatron`. The tensors are the model's own, not copies.
+
+    Those kept in FP8 come in bf16.
+    """
     with gathered(models):
-        return {name: value.detach() for name, value in chunk_tensors(models.chunks).items()}
+        return {name: in_full(value.detach()) for name, value in chunk_tensors(models.chunks).items()}

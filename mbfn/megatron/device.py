@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import megatron.core.tensor_parallel.random as core_random
@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
 
+from mbfn.config.parallel import ParallelConfig
 from mbfn.errors import LaunchError
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
@@ -31,6 +32,18 @@ def resolve_device(kind: DeviceKind, local_rank: int) -> torch.device:
             "set launch.device=cpu or start fewer ranks here"
         )
     return torch.device("cuda", local_rank)
+
+
+def cuda_environment(parallel: ParallelConfig, env: Mapping[str, str]) -> dict[str, str]:
+    """What CUDA and torch's allocator read when they start, beyond what the user has set.
+
+    Growing segments keep memory whole where tensors of many sizes come and go. With cut tensors one hardware queue lets
+    collectives start in the order in which Megatron launches them, ahead of the products that they overlap with.
+    """
+    wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if parallel.tp > 1 or parallel.cp > 1:
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return {name: value for name, value in wanted.items() if name not in env}
 
 
 @contextlib.contextmanager

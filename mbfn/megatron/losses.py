@@ -57,6 +57,11 @@ class Loss:
     prepare: Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]] = as_it_is  # adds entries to micro-batches
     metrics: tuple[str, ...] = ()  # names of what `function` and `forward` tell beyond the loss
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a micro-batch's weight is the sum of its `loss_mask`, known before the model sees it."""
+        return self.function is token_term and self.prepare is as_it_is
+
 
 def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of the ranks' tensors. Its gradient is the sum of theirs: each rank may count its share of a loss."""

@@ -16,6 +16,7 @@ from mbfn.config.model import ModelConfig, padded_vocab_size
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
 from mbfn.megatron.adapt import Adapt
 from mbfn.megatron.mtp import FurtherTokens, mtp_spec
+from mbfn.megatron.precision import output_layer
 from mbfn.megatron.rotary import inverse_frequencies
 from mbfn.megatron.settings import Impl
 from mbfn.megatron.specs import block_spec
@@ -113,23 +114,24 @@ def _build_chunk(
     layers: range,
     adapt: Adapt | None,
 ) -> LanguageModel:
-    built = LanguageModel(
-        config,
-        block_spec(model, layers, impl, adapt),
-        padded_vocab_size(model, parallel),
-        model.max_position_embeddings,
-        unpadded_vocab_size=model.vocab_size,
-        embedding_multiplier=model.embedding_multiplier,
-        final_logit_softcapping=model.final_logit_softcapping,
-        pre_process=stage == 0 and chunk == 0,
-        post_process=stage == parallel.pp - 1 and chunk == parallel.vpp - 1,
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        mtp_block_spec=mtp_spec(model, impl),
-        pg_collection=groups,
-        vp_stage=chunk if parallel.vpp > 1 else None,
-    )
+    with output_layer(in_fp8=config.fp8_output_proj):
+        built = LanguageModel(
+            config,
+            block_spec(model, layers, impl, adapt),
+            padded_vocab_size(model, parallel),
+            model.max_position_embeddings,
+            unpadded_vocab_size=model.vocab_size,
+            embedding_multiplier=model.embedding_multiplier,
+            final_logit_softcapping=model.final_logit_softcapping,
+            pre_process=stage == 0 and chunk == 0,
+            post_process=stage == parallel.pp - 1 and chunk == parallel.vpp - 1,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            mtp_block_spec=mtp_spec(model, impl),
+            pg_collection=groups,
+            vp_stage=chunk if parallel.vpp > 1 else None,
+        )
     if model.mla is None:
         built.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(built.rotary_pos_emb.inv_freq.device)
     return built

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mbfn.config.fusion import FusionConfig
 from mbfn.config.model import Dtype, ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
@@ -23,10 +25,12 @@ from mbfn.megatron.bootstrap import has_transformer_engine
 from mbfn.megatron.latent import config_class, latent_settings
 from mbfn.megatron.layouts import layout_settings
 from mbfn.megatron.moe import moe_settings
+from mbfn.megatron.precision import gather_settings, optimizer_settings, precision_settings
 from mbfn.megatron.supported import check_supported
 from mbfn.megatron.world import World
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_FUSION = FusionConfig()
 
 
 def choose_impl(device: torch.device) -> Impl:
@@ -50,7 +54,16 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
     cpu, recompute = world.device.type == "cpu", run.train.recompute
     _check_kernels(run, impl)
     stage = world.coordinates.pp
-    return core_config(run.model, run.parallel, run.precision, impl=impl, cpu=cpu, recompute=recompute, stage=stage)
+    return core_config(
+        run.model,
+        run.parallel,
+        run.precision,
+        impl=impl,
+        cpu=cpu,
+        recompute=recompute,
+        fusion=run.fusion,
+        stage=stage,
+    )
 
 
 def _check_kernels(run: RunConfig, impl: Impl) -> None:
@@ -80,6 +93,7 @@ def core_config(
     impl: Impl,
     cpu: bool,
     recompute: Recompute = "none",
+    fusion: FusionConfig = _NO_FUSION,
     stage: int = 0,
 ) -> TransformerConfig:
     """Megatron's model settings on a stage. It initialises no weight: `mbfn.megatron.weights` sets every one."""
@@ -120,12 +134,13 @@ def core_config(
         **_window(model),
         **activation_settings(model, fused=not cpu),
         **_fusions(impl, cpu=cpu),
-        **_fp8(precision),
+        **precision_settings(precision),
+        **asdict(fusion),
         **_recompute(recompute),
     )
     fields |= latent_settings(model) | moe_settings(model, parallel, impl=impl, cpu=cpu)
     config = config_class(model)(**fields)
-    for name, value in _yarn(model).items():
+    for name, value in {**_yarn(model), "fp8_output_proj": precision.fp8_output_proj}.items():
         setattr(config, name, value)
     return config
 
@@ -139,6 +154,7 @@ def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
         overlap_param_gather=run.optim.overlap_param_gather,
         num_distributed_optimizer_instances=run.parallel.num_distributed_optimizer_instances,
         delay_wgrad_compute=run.parallel.delay_wgrad_compute,
+        **gather_settings(run.precision),
     )
 
 
@@ -154,6 +170,7 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
             "exp_avg_dtype": DTYPES[precision.exp_avg],
             "exp_avg_sq_dtype": DTYPES[precision.exp_avg_sq],
         }
+    formats |= optimizer_settings(precision)
     return OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -215,15 +232,3 @@ def _recompute(recompute: Recompute) -> dict[str, Any]:
     if recompute == "none":
         return {}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-
-def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
-    if precision.fp8 == "none":
-        return {}
-    settings: dict[str, Any] = {
-        "fp8": "e4m3" if precision.fp8 == "blockwise" else "hybrid",
-        "fp8_recipe": precision.fp8,
-    }
-    if precision.fp8 == "delayed":
-        settings |= {"fp8_amax_history_len": precision.fp8_amax_history_len, "fp8_amax_compute_algo": "max"}
-    return settings

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -116,11 +115,11 @@ def forward_backward(
         pp_size=run.parallel.pp, vp_size=models.config.virtual_pipeline_model_parallel_size
     )
     parts = [own_part(batch, world) for batch in micro_batches]
-    own = loss.prepare(_reweighted(parts, world) if run.model.moe else parts)
-    single = len(models.ddp) == 1
+    parts = _reweighted(parts, world) if run.model.moe else parts
+    own, single = loss.prepare(parts), len(models.ddp) == 1
     records: list[Sums] = []
-    finalize = attributes(models.config, {"finalize_model_grads_func": partial(_finalize, records, world)})
-    with nullcontext() if forward_only else finalize:
+    hooks = {} if forward_only else _averaging(models.config.grad_scale_func, loss, parts, records, world)
+    with attributes(models.config, hooks):
         schedule(
             forward_step_func=partial(_forward_step, loss, records),
             data_iterator=iter(own) if single else [iter(batches) for batches in [list(own)] * len(models.ddp)],
@@ -156,17 +155,38 @@ def _measure(
 
 
 def _finalize(records: list[Sums], world: World, chunks: list, num_tokens: Tensor, **settings: Any) -> None:
-    """Megatron's, but the gradients are divided by the weights of the whole step, which may be fractions."""
+    """Megatron's, but the gradients are divided by the weights of the whole step."""
+def _averaging(
+    scale: Callable[[Tensor], Tensor], loss: Loss, parts: list[dict[str, Any]], records: list[Sums], world: World
+) -> dict[str, Any]:
+    """Hooks of Megatron's schedule that make a sum's gradients those of the mean: by weights, which may be fractions.
+
+    Where the weights of the step are known before it, the losses are scaled, which costs nothing; else the gradients.
+    """
+    if not loss.weighs_tokens:
+        return {"finalize_model_grads_func": partial(_finalize, records, world)}
+    weight = torch.stack([part["loss_mask"].double().sum() for part in parts]).sum()
+    dist.all_reduce(weight, group=world.groups.dp_cp)
+    share = _inverse(weight)
+    return {
+        "finalize_model_grads_func": lambda chunks, _, **settings: finalize_model_grads(chunks, None, **settings),
+        "grad_scale_func": lambda x: scale(x) * share,
+    }
+
+
     del num_tokens
     finalize_model_grads(chunks, None, **settings)
-    weight = _totals(records, ("weight",), world)[0]
-    share = torch.where(weight == 0, 1.0, 1 / weight).float()
+    share = _inverse(_totals(records, ("weight",), world)[0])
     for chunk in chunks:
         chunk.scale_gradients(share)
 
 
 def _totals(records: Sequence[Sums], names: Sequence[str], world: World) -> Tensor:
     """Sums over the records of all ranks. Only the last stage measures, others may add."""
+def _inverse(weight: Tensor) -> Tensor:
+    return torch.where(weight == 0, 1.0, 1 / weight).float()
+
+
     zero = torch.zeros((), dtype=torch.float64, device=world.device)
     totals = torch.stack([sum((r[name].double() for r in records if name in r), zero) for name in names])
     dist.all_reduce(totals, group=world.groups.dp_cp)

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.config.run import RunConfig
 from mbfn.convert import to_megatron
 from mbfn.convert.copies import Shape
+from mbfn.convert.states import PlannedState
 from mbfn.convert.table import Impl, table_of
 from mbfn.errors import ConversionError
+from mbfn.megatron.precision import set_weight
+from mbfn.megatron.settings import choose_impl
+from mbfn.megatron.world import World
 
 
 def chunk_tensors(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -41,7 +46,7 @@ def load_weights(chunks: Sequence[nn.Module], weights: Mapping[str, Tensor]) -> 
             value = weights[name]
             if value.shape != target.shape:
                 raise ConversionError(f"{name}: expected shape {tuple(target.shape)}, found {tuple(value.shape)}")
-            target.copy_(value)
+            set_weight(target, value)
 
 
 class RandomWeights(Mapping[str, Tensor]):
@@ -85,9 +90,35 @@ def stream_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
-def random_weights(
-    model: ModelConfig, parallel: ParallelConfig, *, seed: int, rank: int, impl: Impl
-) -> Mapping[str, Tensor]:
+class DeviceWeights(Mapping[str, Tensor]):
+    """Random weights of one rank, made where they are used. For measurements alone: another layout has others."""
+
+    def __init__(self, planned: PlannedState, device: torch.device, *, std: float, seed: int) -> None:
+        self._planned, self._device, self._std = planned, device, std
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._planned.meta(name).shape
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self._device)
+        made = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+        return made.normal_(0.0, self._std, generator=self._generator)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planned)
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+
+def device_weights(run: RunConfig, world: World) -> DeviceWeights:
+    """Random weights of this rank on its device."""
+    impl = choose_impl(world.device)
+    planned = random_weights(run.model, run.parallel, seed=run.train.seed, rank=world.rank, impl=impl)
+    return DeviceWeights(planned, world.device, std=run.model.init_method_std, seed=run.train.seed + world.rank)
+
+
+def random_weights(model: ModelConfig, parallel: ParallelConfig, *, seed: int, rank: int, impl: Impl) -> PlannedState:
     """The random weights of `rank`: `RandomWeights`, converted."""
     source = RandomWeights(model, table_of(model, parallel).hf_shapes, seed)
     return to_megatron(source, model, parallel=parallel, rank=rank, impl=impl)

@@ -18,8 +18,9 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from mbfn.config.parallel import ParallelConfig, RankCoordinates, coordinates
 from mbfn.errors import LaunchError
-from mbfn.megatron.device import DeviceKind, resolve_device, runtime
+from mbfn.megatron.device import DeviceKind, cuda_environment, resolve_device, runtime
 from mbfn.megatron.groups import group_ranks, open_groups
+from mbfn.megatron.precision import agreeing_scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +59,13 @@ def open_world(parallel: ParallelConfig, *, device: DeviceKind = "auto", timeout
             f"start {parallel.world_size} ranks or set parallel.dp"
         )
     where = resolve_device(device, int(os.environ.get("LOCAL_RANK", rank)))
+    if where.type == "cuda":
+        os.environ.update(cuda_environment(parallel, os.environ))
     timeout = timedelta(seconds=timeout_s)
     with runtime(where), _default_group(rank, size, where, timeout):
-        yield make_world(parallel, rank=rank, device=where, timeout=timeout)
+        world = make_world(parallel, rank=rank, device=where, timeout=timeout)
+        with agreeing_scales(world.groups):
+            yield world
 
 
 def make_world(parallel: ParallelConfig, *, rank: int, device: torch.device, timeout: timedelta) -> World:

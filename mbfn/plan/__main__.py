@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbfn.config.compose import RunContext, hydra_main
+from mbfn.config.recipes import resolved_precision
 from mbfn.config.run import RunConfig
 from mbfn.errors import ConfigError
 from mbfn.plan.devices import DEVICES, Device
@@ -24,6 +26,7 @@ def plan(config: PlanConfig, context: RunContext) -> None:
     """Print the plan, draw it, and fail with the reason where it does not fit."""
     del context
     run, device = config.to_run(), DEVICES[config.device]
+    run = replace(run, precision=resolved_precision(run.precision, device.capability, device.label)[0])
     if config.search:
         _search(config, run, device)
     else:

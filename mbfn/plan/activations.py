@@ -6,15 +6,17 @@ returns the same record. `docs/plan.md` says which measurement each term was fou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mbfn.config.model import padded_vocab_size
-from mbfn.config.precision import PrecisionConfig
+from mbfn.config.precision import Fp8Recipe, PrecisionConfig
 from mbfn.config.run import RunConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SCORE_BLOCK = 1024  # queries that mbfn.megatron.scores takes at a time
-_BLOCK_SCALES = 1 + 4 / 128  # blockwise FP8 keeps a float for every 128 values
+# Bytes of a value with its share of a scale: a float for 128 values, a byte for 32, a byte for 16 of half a byte.
+_SCALED: Mapping[Fp8Recipe, float] = {"blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +136,7 @@ def gemm_input_bytes(precision: PrecisionConfig) -> float:
     """Bytes an element of a matrix product's input that is kept for the weight gradient."""
     if precision.fp8 == "none":
         return BYTES[precision.params]
-    return _BLOCK_SCALES if precision.fp8 == "blockwise" else 1.0
+    return _SCALED.get(precision.fp8, 1.0)
 
 
 def _norm(run: RunConfig) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mbfn.config.precision import Fp8Recipe
+from mbfn.config.recipes import Capability
 
 DeviceName = Literal["h100", "h200", "b200", "gb200"]
 
@@ -19,9 +20,11 @@ class Device:
     """One GPU and its network. Rates are dense and per second; bandwidths are of one direction."""
 
     label: str
+    capability: Capability  # of CUDA's kernels
     memory: float  # bytes that the driver offers
     bf16: float
     fp8: float
+    fp4: float  # 0: none
     memory_bandwidth: float
     node_size: int  # GPUs that NVLink joins
     link: float  # bytes a second to GPUs of the node
@@ -43,15 +46,20 @@ class Shares:
     reserved: float = 3 * 2**30  # bytes of contexts, NCCL and fragmentation that a plan leaves free
 
 
-SHARES = Shares(gemm={"none": 0.70, "tensorwise": 0.66, "blockwise": 0.50, "delayed": 0.66})
+# Recipes of Blackwell were not measured: they are assumed to reach what the tensorwise one does of its peak.
+SHARES = Shares(
+    gemm={"none": 0.70, "tensorwise": 0.66, "blockwise": 0.50, "delayed": 0.66, "mxfp8": 0.66, "nvfp4": 0.66}
+)
 
 _GIB, _GB, _TERA = 2.0**30, 1e9, 1e12
 DEVICES: Mapping[DeviceName, Device] = {
     "h100": Device(
         label="H100 SXM 80 GB",
+        capability=(9, 0),
         memory=79.1 * _GIB,
         bf16=989 * _TERA,
         fp8=1979 * _TERA,
+        fp4=0.0,
         memory_bandwidth=3.35 * _TERA,
         node_size=8,
         link=450 * _GB,
@@ -59,9 +67,11 @@ DEVICES: Mapping[DeviceName, Device] = {
     ),
     "h200": Device(
         label="H200 SXM 141 GB",
+        capability=(9, 0),
         memory=139.8 * _GIB,
         bf16=989 * _TERA,
         fp8=1979 * _TERA,
+        fp4=0.0,
         memory_bandwidth=4.8 * _TERA,
         node_size=8,
         link=450 * _GB,
@@ -69,9 +79,11 @@ DEVICES: Mapping[DeviceName, Device] = {
     ),
     "b200": Device(
         label="B200 SXM 180 GB",
+        capability=(10, 0),
         memory=178 * _GIB,
         bf16=2250 * _TERA,
         fp8=4500 * _TERA,
+        fp4=9000 * _TERA,
         memory_bandwidth=8 * _TERA,
         node_size=8,
         link=900 * _GB,
@@ -79,9 +91,11 @@ DEVICES: Mapping[DeviceName, Device] = {
     ),
     "gb200": Device(
         label="GB200 NVL72 186 GB",
+        capability=(10, 0),
         memory=184 * _GIB,
         bf16=2500 * _TERA,
         fp8=5000 * _TERA,
+        fp4=10000 * _TERA,
         memory_bandwidth=8 * _TERA,
         node_size=72,
         link=900 * _GB,

@@ -83,12 +83,13 @@ def _stage(
         for chunk, count in zip(weights.chunks, held, strict=True)
     )
     activations += weights.mtp * kinds[bool(run.model.moe)].kept
+    kept_in_fp8 = weights.held.matrices if run.precision.fp8_param_gather else 0  # and in no other format
     return StageMemory(
         parameters=weights.held.parameters,
         layers=weights.num_layers,
         in_flight=sum(held),
-        weights=weights.held.parameters * BYTES[run.precision.params],
-        fp8_weights=0 if run.precision.fp8 == "none" else 2 * weights.held.matrices,  # by rows and by columns
+        weights=(weights.held.parameters - kept_in_fp8) * BYTES[run.precision.params],
+        fp8_weights=2 * weights.held.matrices if run.precision.quantized else 0,  # by rows and by columns
         gradients=weights.held.parameters * BYTES[run.precision.grads],
         optimizer=owned(run, weights) * optimizer_bytes(run),
         activations=activations,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.plan.activations import BYTES, Kernels, layer_input, layer_saved, logits
 from mbfn.plan.comm import Traffic, bandwidth, traffic
@@ -80,7 +81,8 @@ def estimate(run: RunConfig, device: Device) -> Speed:
 
 def peak_rate(run: RunConfig, device: Device) -> float:
     """Published operations a second of the format that the layers' products use."""
-    return device.bf16 if run.precision.fp8 == "none" else device.fp8
+    rates = {"none": device.bf16, "nvfp4": device.fp4}
+    return rates.get(run.precision.fp8, device.fp8)
 
 
 def _parts(run: RunConfig, device: Device, moved: tuple[Traffic, ...], weights: StageWeights) -> Parts:
@@ -119,7 +121,8 @@ def _communicating(
 def _kinds(run: RunConfig, device: Device) -> tuple[Parts, ...]:
     """Every decoder layer on one micro-batch, without communication; equal layers are computed once."""
     model, length = run.model, run.train.seq_length
-    plain = replace(run, train=replace(run.train, recompute="none"), precision=replace(run.precision, fp8="none"))
+    formats = PrecisionConfig(params="bf16") if run.precision.quantized else run.precision
+    plain = replace(run, train=replace(run.train, recompute="none"), precision=formats)
     kept = {sparse: layer_saved(plain, Kernels(), sparse=sparse).kept for sparse in {False, model.moe is not None}}
     found: dict[tuple[Flops, bool], Parts] = {}
     layers = []
@@ -135,7 +138,7 @@ def _layer(run: RunConfig, device: Device, flops: Flops, kept: float) -> Parts:
     """One decoder layer of these operations a token, which keeps that many bytes in bf16."""
     tokens = run.train.micro_batch_size * run.train.seq_length / (run.parallel.tp * run.parallel.cp)
     again = 1 if run.train.recompute == "full" else 0
-    fp8 = run.precision.fp8 != "none"
+    fp8 = run.precision.quantized
     bf16 = _bf16_rate(run, device)
     rate = peak_rate(run, device) * SHARES.gemm[run.precision.fp8] if fp8 else bf16 * SHARES.gemm["none"]
     narrow = run.model.kv_channels < 128

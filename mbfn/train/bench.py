@@ -14,8 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from mbfn import megatron
+from mbfn.config.bench import PACKING_UNIT
 from mbfn.config.run import RunConfig
-from mbfn.megatron import World
+from mbfn.megatron import Models, World
+from mbfn.peft import LowRankAdaptation
 from mbfn.train.bench_report import Figures, report, show
 from mbfn.train.ceiling import matmul_ceilings, synchronize
 from mbfn.train.export import initial_weights
@@ -26,6 +28,7 @@ from mbfn.train.progress import progress
 from mbfn.train.provenance import write_provenance, write_text
 from mbfn.train.pulse import Pulse
 from mbfn.train.record import recorded
+from mbfn.train.resolved import tell_choices
 from mbfn.train.state import Metrics, TrainState
 from mbfn.train.step import Batch, Step, make_step
 from mbfn.train.timesplit import TimeSplit, profiled
@@ -52,9 +55,10 @@ def bench(job: Job, stop: Callable[[], int]) -> int:
         console = Console(quiet=world.rank > 0)
         ceilings = _ceilings(run, world)
         opened = process_seconds()
-        state = TrainState(step=0, tokens=0, models=megatron.build(run, world, _weights(run, world)), guard=Guard())
-        synchronize(world.device)
+        models = _built(run, world)
         built = process_seconds()
+        found = tell_choices(run, world, models, job.output_dir, console)
+        state = TrainState(step=0, tokens=0, models=models, guard=Guard())
         state, first = _warmed_up(run, world, state)
         if signal := stop():
             return 128 + signal
@@ -69,6 +73,7 @@ def bench(job: Job, stop: Callable[[], int]) -> int:
             peaks_gib=peaks,
             split=kinds,
             startup={"opened": opened, "built": built, "first_step": first},
+            choices=found,
         )
     if world.rank == 0:
         write_provenance(job.output_dir, run, job.command, {"device": str(world.device)})
@@ -82,21 +87,26 @@ def bench(job: Job, stop: Callable[[], int]) -> int:
 def random_batches(run: RunConfig, world: World, start: int, stop: int) -> Iterator[Batch]:
     """New tokens for this data-parallel replica at each of the steps, the same on the ranks that share its batches."""
     shape = (run.train.micro_batch_size, run.train.seq_length + 1)
-    positions = torch.arange(run.train.seq_length).expand(shape[0], -1).contiguous()
-    mask = torch.ones(positions.shape)
+    whole = torch.arange(run.train.seq_length).expand(shape[0], -1).contiguous()
+    mask = torch.ones(whole.shape)
     for step in range(start, stop):
         seed = (run.train.seed * 1_000_003 + step) * 4096 + world.coordinates.dp
         draw = torch.Generator().manual_seed(seed)
         rows = [torch.randint(run.model.vocab_size, shape, generator=draw) for _ in range(run.num_microbatches)]
+        packed = [_packed(run, draw) if run.benchmark.packed_samples else {"position_ids": whole} for _ in rows]
         yield tuple(
-            {
-                "tokens": row[:, :-1].contiguous(),
-                "labels": row[:, 1:].contiguous(),
-                "loss_mask": mask,
-                "position_ids": positions,
-            }
-            for row in rows
+            {"tokens": row[:, :-1].contiguous(), "labels": row[:, 1:].contiguous(), "loss_mask": mask, **more}
+            for row, more in zip(rows, packed, strict=True)
         )
+
+
+def _packed(run: RunConfig, draw: torch.Generator) -> dict[str, Tensor]:
+    """Where the samples of a row begin, at random multiples of a unit, and the positions inside each."""
+    units, length = run.train.seq_length // PACKING_UNIT, run.train.seq_length
+    inner = torch.randperm(units - 1, generator=draw)[: run.benchmark.packed_samples - 1] + 1
+    bounds = torch.tensor([0, *(PACKING_UNIT * inner).sort().values.tolist(), length], dtype=torch.int32)
+    starts = bounds[:-1].repeat_interleave(bounds.diff())
+    return {"cu_seqlens": bounds, "position_ids": (torch.arange(length) - starts)[None]}
 
 
 def process_seconds() -> float:
@@ -114,6 +124,13 @@ def _ceilings(run: RunConfig, world: World) -> dict[str, float]:
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def _built(run: RunConfig, world: World) -> Models:
+    adaptation = None if run.peft.kind == "none" else LowRankAdaptation(run, world)
+    models = megatron.build(run, world, _weights(run, world), adaptation)
+    synchronize(world.device)
+    return models
 
 
 def _weights(run: RunConfig, world: World) -> Mapping[str, Tensor] | None:

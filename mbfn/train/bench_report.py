@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbfn.megatron import World
+from mbfn.megatron.resolved import Choice
 from mbfn.plan.flops import step_tokens, token_flops
 from mbfn.train.job import Job
 from mbfn.train.provenance import git_revision, versions
@@ -31,6 +32,7 @@ class Figures:
     peaks_gib: dict[str, float]
     split: TimeSplit | None
     startup: dict[str, float]  # seconds since the process started
+    choices: tuple[Choice, ...]  # what the run became on its device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,7 @@ def report(job: Job, world: World, figures: Figures) -> Report:
         "digest": run.digest,
         "overrides": [text for text in job.command if "=" in text],
         "world_size": world.world_size,
+        "choices": {choice.name: choice.value for choice in figures.choices},
         **_speed(job, world, figures),
         "times_ms": [round(ms, 1) for ms in figures.steps_ms],
         "losses": [figures.losses[0], figures.losses[-1]],

@@ -85,6 +85,7 @@ def profiled(run: Callable[[], object], device: torch.device) -> TimeSplit:
 def _kernels(profiler: profile) -> list[Span]:
     """Work on the GPU without the ranges that annotate it."""
     result = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    assert result is not None
     return [
         Span(name=event.name(), start=event.start_ns() / 1e6, end=(event.start_ns() + event.duration_ns()) / 1e6)
         for event in result.events()

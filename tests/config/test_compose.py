@@ -14,7 +14,9 @@ from mbfn.config import ModelConfig, RopeScaling, RunConfig, to_yaml
 from mbfn.config.build import build
 from mbfn.config.compose import compose, compose_as
 from mbfn.config.groups import conf_dir, experiments_dir, header
-from mbfn.errors import ConfigError
+from mbfn.config.precision import Fp8Recipe, PrecisionConfig
+from mbfn.config.recipes import resolved_precision
+from mbfn.errors import ConfigError, LaunchError
 
 OPTIONS = sorted(
     path.relative_to(conf_dir()).with_suffix("")
@@ -73,9 +75,33 @@ def test_every_experiment_composes(name: str) -> None:
     assert compose(f"+experiment={name}") == compose(f"experiment={name}")
 
 
-def test_fp8_is_tensorwise() -> None:
-    assert compose("precision=fp8") == compose("precision=fp8_tensorwise")
-    assert compose("precision=fp8").precision.fp8 == "tensorwise"
+def test_fp8_names_its_recipe_where_the_gpu_is_known() -> None:
+    run = compose("model=llama31_8b", "precision=fp8")
+    assert run.precision.fp8 == "auto"
+    named = compose("model=llama31_8b", "precision=fp8_tensorwise").precision
+    found, reason = resolved_precision(run.precision, (9, 0), "H200")
+    assert found == named
+    assert reason.startswith("fp8=auto on H200: 1.36 times bf16")
+    assert resolved_precision(named, (9, 0), "H200") == (named, "as configured")
+    assert resolved_precision(run.precision, (10, 3), "B300")[0].fp8 == "mxfp8"
+    assert resolved_precision(run.precision, (8, 9), "L40")[0].fp8 == "tensorwise"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "runs"),
+    [
+        ("mxfp8", (9, 0), "it runs fp8=delayed, tensorwise, blockwise and bf16"),
+        ("nvfp4", (9, 0), "it runs fp8=delayed, tensorwise, blockwise and bf16"),
+        ("blockwise", (8, 9), "it runs fp8=delayed, tensorwise and bf16"),
+        ("mxfp8", (12, 0), "it runs fp8=delayed, tensorwise, blockwise, nvfp4 and bf16"),
+        ("auto", (8, 0), "it runs precision=bf16, fp16 and fp32"),
+    ],
+)
+def test_recipes_that_a_gpu_lacks(recipe: Fp8Recipe, capability: tuple[int, int], runs: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        resolved_precision(PrecisionConfig(params="bf16", fp8=recipe), capability, "GPU")
+    shown = ".".join(map(str, capability))
+    assert str(caught.value) == (f"precision.fp8: {recipe} does not run on GPU, compute capability {shown}; {runs}")
 
 
 MISTAKES = [
@@ -94,6 +120,27 @@ MISTAKES = [
         ("data.path=/a/step=3",),
         "data.path: cannot read the value '/a/step=3'; quote = , : and spaces twice: 'data.path=\"/a/step=3\"'",
     ),
+    (
+        ("precision=bf16", "precision.fp8_attention=dot_product"),
+        "precision.fp8_attention: needs an FP8 recipe; set fp8=auto, or leave it out",
+    ),
+    (
+        ("precision=fp8_blockwise", "precision.fp8_attention=dot_product"),
+        "precision.fp8_attention: the blockwise recipe has no attention in FP8; use tensorwise or delayed",
+    ),
+    (
+        ("precision=fp8_delayed", "precision.num_layers_at_end_in_bf16=1"),
+        "precision.num_layers_at_end_in_bf16: needs an FP8 recipe other than delayed, got delayed",
+    ),
+    (
+        ("model=llama32_1b", "precision=fp8_tensorwise", "precision.fp8_output_proj=true"),
+        "precision.fp8_output_proj: needs an output layer of its own, this model's is the embedding; set it to false",
+    ),
+    (
+        ("precision=fp8", "model=llama31_8b", "train.seq_length=130", "train.micro_batch_size=1"),
+        "train.seq_length: fp8=auto takes tokens in multiples of 16 a rank, got 130; lengthen seq_length",
+    ),
+    (("fusion.moe_router_fusion=true",), "fusion.moe_router_fusion: needs a model with experts; set it to false"),
     (("train",), "train: expected KEY=VALUE or GROUP=OPTION (--help lists both)"),
     (("hydra.searchpath=[/x]",), "hydra.searchpath: name your directories with --config-dir or MBFN_CONF"),
     (("hydra/launcher=foo",), "hydra/launcher: no option 'foo'; choose among basic"),

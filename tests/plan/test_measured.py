@@ -33,11 +33,11 @@ def test_18_bytes_a_parameter_do_not_fit_8b_on_one_h200() -> None:
 # (model, device, precision, overrides, global batch, tokens/s a GPU as published)
 PUBLISHED: list[tuple[str, DeviceName, str, tuple[str, ...], int, float]] = [
     ("llama3_8b", "h100", "bf16", ("parallel.cp=2", "parallel.dp=4"), 128, 10_682),
-    ("llama3_8b", "h100", "fp8", ("parallel.dp=8",), 128, 14_451),
-    ("llama3_8b", "b200", "fp8", ("parallel.dp=8",), 128, 30_624),
+    ("llama3_8b", "h100", "fp8_tensorwise", ("parallel.dp=8",), 128, 14_451),
+    ("llama3_8b", "b200", "mxfp8", ("parallel.dp=8",), 128, 30_624),
     ("llama3_70b", "h100", "bf16", ("parallel=tp4pp4vpp5cp2", "parallel.dp=2"), 256, 1_118),
-    ("llama3_70b", "h100", "fp8", ("parallel=tp4pp8vpp5", "parallel.dp=2"), 256, 1_664),
-    ("llama31_405b", "h100", "fp8", ("parallel=tp8pp8vpp8cp2", "parallel.dp=8"), 1536, 326),
+    ("llama3_70b", "h100", "fp8_tensorwise", ("parallel=tp4pp8vpp5", "parallel.dp=2"), 256, 1_664),
+    ("llama31_405b", "h100", "fp8_tensorwise", ("parallel=tp8pp8vpp8cp2", "parallel.dp=8"), 1536, 326),
 ]
 
 
