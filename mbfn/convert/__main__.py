@@ -21,6 +21,9 @@ def convert(config: ConvertConfig, context: RunContext) -> None:
     from mbfn.storage.workers import run_workers
 
     del context
+    if config.adapter is not None:
+        print(_adapters(config, config.adapter))
+        return
     order, effort, memory = _order(config), _effort(config), _bytes(config.memory)
     if config.dry_run:
         print(_dry_run(order, effort, config.workers, memory))
@@ -28,6 +31,19 @@ def convert(config: ConvertConfig, context: RunContext) -> None:
     with progress_of(f"{order.source.name} -> {order.out.name}", order.source) as on_bytes:
         done = run_workers(order, effort, config.workers, on_bytes)
     print(_said(order.out, done, effort))
+
+
+def _adapters(config: ConvertConfig, adapter: str) -> str:
+    from mbfn.storage import adapter_jobs as jobs
+
+    source, out = _path(adapter), _path(config.out or ".")
+    if config.to == "megatron":
+        done = jobs.adapter_to_checkpoint(source, _path(config.config or "."), config.parallel, out)
+    elif config.hf is not None:
+        done = jobs.merge_adapter(_path(config.hf), source, out, workers=config.threads)
+    else:
+        done = jobs.adapter_to_directory(source, out)
+    return f"{out}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB"
 
 
 def _order(config: ConvertConfig) -> Order:

@@ -19,6 +19,7 @@ class ConvertConfig:
     out: str | None = None  # directory to write, whole or not at all
     hf: str | None = None  # a Hugging Face directory
     megatron: str | None = None  # a torch_dist checkpoint directory
+    adapter: str | None = None  # adapters, PEFT's directory or a checkpoint of a run: alone or, with hf=DIR, merged
     to: Literal["other", "hf", "megatron"] = "other"  # megatron with megatron=DIR: the same state in another layout
     config: str | None = None  # for a checkpoint that does not describe its model: where a config.json does
     parallel: ParallelConfig = ParallelConfig()  # the layout whose files a checkpoint gets; any layout can load it
@@ -35,11 +36,15 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
-        require((self.hf is None) != (self.megatron is None), "hf", "give one source: hf=DIR or megatron=DIR", problems)
+        if self.adapter is None:
+            text = "give one source: hf=DIR, megatron=DIR or adapter=DIR"
+            require((self.hf is None) != (self.megatron is None), "hf", text, problems)
+        else:
+            problems += self._adapter_problems()
         require(self.out is not None or self.dry_run, "out", "give the directory to write, out=DIR", problems)
-        if self.config is not None and self.megatron is None:
+        if self.config is not None and self.megatron is None and self.adapter is None:
             problems.append(("config", "describes a Megatron checkpoint: give it with megatron=DIR"))
-        if self.hf is not None and self.to == "hf":
+        if self.hf is not None and self.to == "hf" and self.adapter is None:
             problems.append(("to", "hf=DIR becomes a Megatron checkpoint; leave `to` out"))
         if self.to_megatron and self.megatron is not None and self.dtype != "keep":
             problems.append(("dtype", "a training state changes its layout, not its numbers; leave it out"))
@@ -54,6 +59,20 @@ class ConvertConfig:
         require(self.workers == 1 or self.part == "auto", "workers", "give workers=N or part=K/N, not both", problems)
         if problems:
             raise ConfigError(problems)
+
+    def _adapter_problems(self) -> list[tuple[str, str]]:
+        problems: list[tuple[str, str]] = []
+        require(self.megatron is None, "megatron", "adapters are merged into hf=DIR; leave it out", problems)
+        text = "to=megatron makes a checkpoint of the adapters alone: give config=HF_DIR in place of hf=DIR"
+        require(self.to != "megatron" or self.hf is None, "hf", text, problems)
+        needed = self.to != "megatron" or self.config is not None
+        require(needed, "config", "name the model of PEFT's adapters: config=HF_DIR", problems)
+        require(not self.dry_run, "dry_run", "is for weights; adapters are small", problems)
+        whole = self.workers == 1 and self.part == "auto" and self.dtype == "keep"
+        require(
+            whole, "workers", "adapters take one process and keep their dtypes; leave workers, part, dtype", problems
+        )
+        return problems
 
     @property
     def to_megatron(self) -> bool:

@@ -1,4 +1,4 @@
-"""Adapter directories of PEFT: `adapter_config.json` beside `adapter_model.safetensors`."""
+"""Adapter directories of PEFT (`adapter_config.json` beside `adapter_model.safetensors`), and those of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,50 +7,60 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mbfn.config.adapters import Adapter
+from mbfn.config.adapters import Adapter, adapters_of
+from mbfn.config.build import build
+from mbfn.config.linears import layer_linears
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.config.peft import AdapterSpec, PeftConfig
 from mbfn.convert.adapters import adapter_table
-from mbfn.convert.merge import Merged
-from mbfn.convert.states import check_hf
+from mbfn.convert.plans import checkpoint_hf_plans, checkpoint_shapes
+from mbfn.convert.states import PlannedState, check_hf
 from mbfn.convert.table import Table
-from mbfn.errors import CheckpointError
-from mbfn.families import model_from_hf
-from mbfn.storage.atomic import atomic_directory
+from mbfn.errors import CheckpointError, ConversionError
+from mbfn.storage.atomic import atomic_directory, read_manifest
+from mbfn.storage.described import checkpoint_model
 from mbfn.storage.headers import make_header
-from mbfn.storage.hf import HfDirectory, open_hf, read_json
+from mbfn.storage.hf import open_hf, read_json
 from mbfn.storage.hf_shards import Declared
-from mbfn.storage.hf_write import METADATA, carried_files, save_hf
+from mbfn.storage.hf_write import METADATA
 from mbfn.storage.peft_config import adapter_form, adapters_in, peft_config
 from mbfn.storage.streams import write_exactly, write_tensor
+from mbfn.storage.torch_dist import open_torch_dist
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LISTED = "adapters"  # in the manifest of a checkpoint: which there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterDirectory:
-    """An open directory: which adapters it holds, and their tensors, read when they are asked for."""
+    """An open directory: which adapters it holds, and their tensors by PEFT's names, read when they are asked for."""
 
     path: Path
-    config: Mapping[str, Any]
+    model: ModelConfig
     adapters: tuple[Adapter, ...]
-    table: Table  # of these adapters, in the form of the file
-    tensors: HfDirectory
+    table: Table  # of these adapters, in the form of the tensors
+    tensors: Mapping[str, Tensor]
 
 
 @contextmanager
 def open_adapter(path: str | os.PathLike[str], model: ModelConfig) -> Iterator[AdapterDirectory]:
-    """Open a directory that PEFT or mbfn wrote, for weights of `model`.
+    """Open a directory that PEFT or mbfn wrote, or a checkpoint of adapters, for weights of `model`.
 
     Raises: CheckpointError when files are missing or broken, ConversionError when they are not adapters of the model.
     """
     root = Path(path).expanduser()
+    if (root / "metadata.json").is_file():
+        with open_adapter_checkpoint(root) as found:
+            check_same_model(found, model)
+            yield found
+        return
     if not (root / CONFIG).is_file() or not (root / WEIGHTS).is_file():
         raise CheckpointError(f"{root}: expected an adapter directory with {CONFIG} and {WEIGHTS}")
     config = read_json(root / CONFIG)
@@ -58,7 +68,47 @@ def open_adapter(path: str | os.PathLike[str], model: ModelConfig) -> Iterator[A
         adapters = adapters_in(config, tensors, model)
         table = adapter_table(model, adapters, ParallelConfig(), adapter_form(tensors))
         check_hf(table, tensors, str(root))
-        yield AdapterDirectory(path=root, config=config, adapters=adapters, table=table, tensors=tensors)
+        yield AdapterDirectory(path=root, model=model, adapters=adapters, table=table, tensors=tensors)
+
+
+@contextmanager
+def open_adapter_checkpoint(root: Path) -> Iterator[AdapterDirectory]:
+    """Open a Megatron checkpoint that holds adapters alone, in any layout.
+
+    Raises: CheckpointError for another directory, ConversionError when tensors are not those that it says.
+    """
+    model, adapters = checkpoint_model(root), checkpoint_adapters(root)
+    table = adapter_table(model, adapters, ParallelConfig())
+    with open_torch_dist(root) as source:
+        wanted = checkpoint_shapes(table)
+        for key, shape in wanted.items():
+            if key not in source or tuple(source.meta(key).shape) != shape:
+                raise ConversionError(f"{root}: {key}: expected shape {list(shape)}, found another or none")
+        tensors = PlannedState({plan.name: plan for plan in checkpoint_hf_plans(table)}, source)
+        yield AdapterDirectory(path=root, model=model, adapters=adapters, table=table, tensors=tensors)
+
+
+def checkpoint_adapters(root: Path) -> tuple[Adapter, ...]:
+    """The adapters that a checkpoint says it holds.
+
+    Raises: CheckpointError where it says nothing of any.
+    """
+    manifest = read_manifest(root)
+    model, listed = checkpoint_model(root), manifest.get(LISTED)
+    if listed is not None:
+        linears = {(i, x.name): x for i in range(model.num_layers) for x in layer_linears(model, i)}
+        found = [(item["layer"], linears[item["layer"], item["linear"]], item["spec"]) for item in listed]
+        return tuple(Adapter(layer=i, linear=linear, spec=build(AdapterSpec, spec)) for i, linear, spec in found)
+    peft = build(PeftConfig, manifest.get("config", {}).get("peft", {}))
+    if peft.kind == "none":
+        raise CheckpointError(f"{root}: says nothing of adapters; expected a checkpoint of a run with peft")
+    return adapters_of(model, peft)
+
+
+def check_same_model(found: AdapterDirectory, model: ModelConfig) -> None:
+    """Raises: ConversionError when a checkpoint's adapters are of another model."""
+    if replace(found.model, params_dtype=model.params_dtype) != model:
+        raise ConversionError(f"{found.path}: adapters of another model than these weights; expected one config.json")
 
 
 def save_adapter(
@@ -98,26 +148,3 @@ def _write(file: Path, declared: list[Declared], tensors: Mapping[str, Tensor]) 
     finally:
         os.close(fd)
     return crcs
-
-
-def merge_adapter(
-    base: str | os.PathLike[str], adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, workers: int = 1
-) -> int:
-    """Write the weights of the Hugging Face directory `base` with an adapter directory added; how many tensors.
-
-    A tensor at a time is in memory, in fp32. Raises: CheckpointError, ConversionError.
-    """
-    model = model_from_hf(Path(base))
-    with open_hf(base) as weights, open_adapter(adapter, model) as found:
-        merged = Merged(weights, model, found.adapters, found.table, found.tensors)
-        plan = [Declared(name=n, shape=weights.meta(n).shape, dtype=weights.meta(n).dtype) for n in weights]
-        save_hf(
-            out,
-            ((name, merged[name]) for name in merged),
-            model,
-            config=weights.config(),
-            plan=plan,
-            extra_files=carried_files(base),
-            workers=workers,
-        )
-        return len(plan)

@@ -19,7 +19,8 @@ from mbfn.megatron.adapt import MARK
 from mbfn.megatron.settings import choose_impl
 from mbfn.peft import LowRankAdaptation
 from mbfn.storage import Declared, open_hf, save_hf
-from mbfn.storage.adapters import merge_adapter, open_adapter, save_adapter
+from mbfn.storage.adapter_jobs import merge_adapter
+from mbfn.storage.adapters import open_adapter, save_adapter
 from mbfn.train.gather import States, with_all_states
 
 HF, ADAPTER = "hf", "adapter"  # what a run leaves in its output directory
