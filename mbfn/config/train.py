@@ -120,7 +120,7 @@ class LogConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # further places for the metrics
     project: str = "mbfn"  # of Weights & Biases; the experiment of MLflow
     online: bool = False  # Weights & Biases sends what it records; its key comes from WANDB_API_KEY
-    mlflow_uri: str = ""  # a tracking server; empty: mlflow.db in the run directory
+    mlflow_uri: str = ""  # a tracking server; empty: mlruns in the run directory
     straggler_interval: int = 0  # steps between two comparisons of the ranks' own times; 0: none
     debug_checks: bool = False  # chex assertions on the shapes and dtypes of every batch and metric
 

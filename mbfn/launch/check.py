@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Literal, get_args, get_type_hints
 
 from mbfn.config.model import Dtype
@@ -32,14 +33,28 @@ def check_launch(run: RunConfig, rank: Rank | None, gpus: int, memory: int | Non
     Raises: LaunchError, one line that names what can be done.
     """
     device = device_of(run, gpus)
-    if run.peft.kind != "none" and run.init.hf is None:
+    if run.peft.kind != "none" and run.init.hf is None and not run.bench:
         raise LaunchError("init.hf: adapters train beside weights that are trained already; give init.hf=DIR")
+    _check_watching(run, device)
     if rank is None:
         _check_alone(run, device, gpus)
     else:
         _check_joined(run, rank, device, gpus)
     if device == "cpu":
         _check_cpu(run, rank, memory if memory is not None else _memory())
+
+
+def _check_watching(run: RunConfig, device: Device) -> None:
+    """Find the libraries of trackers, and what a profiler records, before anything starts."""
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
+    for name in run.log.trackers:
+        if find_spec(name) is None:
+            raise LaunchError(f"log.trackers: {name} is not installed; `pip install {packages[name]}`, or leave it out")
+    if run.log.online and not os.environ.get("WANDB_API_KEY"):
+        raise LaunchError("log.online: WANDB_API_KEY is not set; export it, or leave log.online=false")
+    kind = run.profile.kind
+    if device == "cpu" and kind in ("nsight", "memory"):
+        raise LaunchError(f"profile.kind: {kind} records CUDA, this run is on CPU; profile=torch runs here")
 
 
 def _check_alone(run: RunConfig, device: Device, gpus: int) -> None:

@@ -87,7 +87,7 @@ def skipped_checkpoints(root: Path, resumed: Path | None) -> list[str]:
     newer = [
         path
         for path in _named(root)
-        if resumed is None or _step(path) > (_step(resumed) if _NAME.fullmatch(resumed.name) else 0)
+        if resumed is None or step_of(path) > (step_of(resumed) if _NAME.fullmatch(resumed.name) else 0)
     ]
     return [fault for path in newer if (fault := incomplete(path))]
 
@@ -138,7 +138,7 @@ def prune(root: Path, config: CheckpointConfig) -> None:
 
     Renamed first, so that a half-removed one is never taken for whole.
     """
-    complete = {_step(path): path for path in complete_checkpoints(root)}
+    complete = {step_of(path): path for path in complete_checkpoints(root)}
     losses = (
         {step: read_manifest(path).get("valid_loss") for step, path in complete.items()} if config.keep_best else {}
     )
@@ -153,10 +153,11 @@ def _named(root: Path) -> list[Path]:
     """Whatever has the name of a checkpoint, in the order of steps."""
     if not root.is_dir():
         return []
-    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The number of updates that a checkpoint holds, by its name."""
     return int(path.name.removeprefix("step_"))
 
 

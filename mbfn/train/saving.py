@@ -13,7 +13,7 @@ from mbfn.config.run import RunConfig
 from mbfn.errors import CheckpointError
 from mbfn.megatron import World
 from mbfn.storage.atomic import clean
-from mbfn.train.checkpoints import checkpoint_path, complete_checkpoints, prune, run_record
+from mbfn.train.checkpoints import checkpoint_path, complete_checkpoints, prune, run_record, step_of
 from mbfn.train.guard import Guard
 from mbfn.train.state import Metrics, TrainState
 
@@ -89,13 +89,17 @@ class Checkpoints:
     def restore(self, state: TrainState) -> TrainState:
         """The state of the last complete checkpoint, in the models of `state`. Collective.
 
+        Of those at `checkpoint.interval`: one that a stop left is not there in the run that was not stopped.
+
         Raises: CheckpointError where there is none.
         """
         self.settle()
         found = complete_checkpoints(self._root)
         if not found:
             raise CheckpointError(f"{self._root}: no complete checkpoint to go back to; set checkpoint.interval")
-        record = megatron.load(found[-1], self._run, self._world, state.models)
+        interval = self._run.checkpoint.interval
+        regular = [path for path in found if step_of(path) % interval == 0] if interval else found[:1]
+        record = megatron.load((regular or found)[-1], self._run, self._world, state.models)
         return TrainState(
             step=record["step"], tokens=record["tokens"], models=state.models, guard=Guard.of_record(record)
         )

@@ -33,6 +33,7 @@ from mbfn.train.job import Job
 from mbfn.train.loop import Observer, agree, fold
 from mbfn.train.losses import make_loss
 from mbfn.train.observers import METRICS, observing
+from mbfn.train.progress import summary
 from mbfn.train.provenance import checkpoint_facts, write_provenance
 from mbfn.train.pulse import Pulse
 from mbfn.train.record import read_records
@@ -236,6 +237,8 @@ def _show_results(session: Session, state: TrainState, *, stopped: bool) -> None
     records = read_records(output_dir / METRICS)
     if run.log.curve and records:
         draw_curve(records, output_dir / CURVE, f"{run.model.family}, {run.model.num_parameters:,} parameters")
+    if records:
+        console.print(summary(records), highlight=False, soft_wrap=True)
     if stopped:
         path = checkpoint_path(session.root, state.step)
         console.print(

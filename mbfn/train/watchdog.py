@@ -153,7 +153,7 @@ class _Watcher:
                 self._tell(_Verdict(failure=self._failed, by=self._watch.rank, raised=True))
             else:
                 self._beat(left=True)
-        if self._failed is not None:
+        if self._failed is not None and self._store is not None:  # destructors of process groups can hang
             time.sleep(_LONG_S)
             os._exit(self._failed.exit_code)
 

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from mbfn.train.curve import draw_curve, smoothed
+from mbfn.train.events import note_event
 from mbfn.train.guard import Guard
-from mbfn.train.progress import figures, progress
+from mbfn.train.progress import figures, progress, summary
 from mbfn.train.record import read_records, recorded
 from mbfn.train.state import Metrics, TrainState
 
@@ -27,6 +28,8 @@ def metrics(step: int, **changes: float) -> Metrics:
         "tokens": 64 * step,
         "seconds": 0.25,
         "tokens_per_s": 256.0,
+        "tflops": 1.5,
+        "memory_gb": 2.0,
     }
     return Metrics(step=step, **fields | changes)  # type: ignore[arg-type]
 
@@ -94,7 +97,9 @@ def shown(terminal: bool, steps: int) -> str:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = shown(terminal=False, steps=100).splitlines()
     assert len(lines) == 22
-    assert lines[0] == "step 1/100  loss 4.0000  grad norm 0.500  lr 1.00e-03  256 tokens/s  left 0:00:25"
+    assert lines[0] == (
+        "step 1/100  loss 4.0000  grad norm 0.500  lr 1.00e-03  256 tokens/s  1.5 TFLOP/s a GPU  2.0 GiB  left 0:00:25"
+    )
     assert lines[-1] == "step 100: held-out loss 3.2500"
 
 
@@ -106,6 +111,7 @@ def test_a_bar_on_a_terminal() -> None:
         "grad norm 0.500",
         "lr 1.00e-03",
         "256 tokens/s",
+        "1.5 TFLOP/s a GPU",
         "left",
         "held-out loss 3.2500",
     ):
@@ -114,3 +120,21 @@ def test_a_bar_on_a_terminal() -> None:
 
 def test_a_skipped_step_says_so() -> None:
     assert figures(metrics(1, skipped=True)).endswith("skipped: gradients overflowed")
+    assert figures(metrics(1, skipped=True, fault="nan")).endswith("skipped: nan")  # type: ignore[arg-type]
+
+
+def test_the_summary_says_what_a_run_came_to() -> None:
+    records = [metrics(step, **({"valid_loss": 5.0 - step} if step in (2, 3) else {})).record() for step in range(1, 5)]
+    assert summary(records).splitlines() == [
+        "steps          4, 256 tokens in 0:00:01",
+        "loss           4.0000 at first, 1.0000 at last",
+        "held-out loss  2.0000, at best 2.0000",
+        "speed          256 tokens/s, 1.5 TFLOP/s a GPU",
+        "memory         2.0 GiB at most, of rank 0",
+    ]
+
+
+def test_events_are_noted_once(tmp_path: Path) -> None:
+    for loss in (math.nan, 3.0, math.nan):
+        note_event(tmp_path, {"step": 3, "event": "nan", "loss": loss})
+    assert [json.loads(line)["loss"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [None, 3.0]
