@@ -14,7 +14,7 @@ from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert import to_hf
 from tests.megatron.mixtures import mixture
-from tests.megatron.tiny import config_of, loss_mask, rows, run_config, train, weights_of
+from tests.megatron.tiny import config_of, gradients_of, loss_mask, rows, run_config, train, weights_of
 from tests.ranks import run_ranks
 
 STEPS = 5
@@ -81,6 +81,30 @@ def _weights(base: nn.Module, further: Further) -> dict[str, Tensor]:
     weights[own + "embed_tokens.weight"] = weights["model.embed_tokens.weight"]
     weights[own + "shared_head.head.weight"] = weights["lm_head.weight"]
     return weights
+
+
+@pytest.mark.parametrize("layout", ["single", pytest.param("cp2", marks=pytest.mark.slow)])
+def test_further_tokens_of_packed_samples_stay_inside_them(both: tuple[nn.Module, Further], layout: str) -> None:
+    model = _model(both[0])
+    assert model.moe is not None
+    model = replace(model, moe=replace(model.moe, moe_aux_loss_coeff=0.0))  # a mean over rows, padding among them
+    parallel = ParallelConfig(cp=2) if layout == "cp2" else ParallelConfig()
+    alone, packed = (run_config(model, replace(where, sharding="none")) for where in (ParallelConfig(), parallel))
+    tokens, lengths = rows(1)[0], (12, 20)
+    parts = [tokens[:13], tokens[12:]]
+    names = {"tokens": slice(0, -1), "labels": slice(1, None)}
+    row = {name: torch.cat([part[cut] for part in parts])[None] for name, cut in names.items()}
+    row |= {"loss_mask": torch.ones(1, 32), "cu_seqlens": torch.tensor([0, 12, 32], dtype=torch.int32)}
+    row["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    padded = {name: torch.stack([F.pad(x[cut], (0, 33 - len(x))) for x in parts]) for name, cut in names.items()}
+    padded["position_ids"] = torch.arange(32).expand(2, 32)
+    padded["loss_mask"] = torch.stack([(torch.arange(32) < length).float() for length in lengths])
+    weights = _weights(*both)
+    ((expected, gradients),) = run_ranks(1, gradients_of, alone, weights, [padded])
+    found, own = run_ranks(parallel.world_size, gradients_of, packed, weights, [row])[0]
+    assert found.mean == pytest.approx(expected.mean, abs=1e-6)
+    apart = {name: float((own[name] - gradients[name]).norm()) for name in gradients}
+    assert max(apart.values()) < 1e-5 * max(float(gradient.norm()) for gradient in gradients.values()), apart
 
 
 def _plain_loop(base: nn.Module, further: Further) -> list[tuple[float, float]]:
