@@ -54,6 +54,7 @@ class FurtherTokens(GPTModel):
         last = kwargs["post_process"]
         with attributes(gpt_model, {"mtp_on_this_rank": lambda **_: last}):
             super().__init__(*args, **kwargs)
+        self.further_sums: list[Tensor] = []  # of each micro-batch learned from: losses, and weights of their tokens
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         if not self.mtp_process:
@@ -93,7 +94,10 @@ class FurtherTokens(GPTModel):
             logits = self._scale_logits(self.output_layer(hidden, weight=weight)[0])
             count = _count(mask, cp)
             share = whole / torch.where(count == 0, 1.0, count)
-            total = total + self.compute_language_model_loss(labels, logits) * mask * share
+            losses = self.compute_language_model_loss(labels, logits) * mask
+            total = total + losses * share
+            if torch.is_grad_enabled():
+                self.further_sums.append(torch.stack([losses.sum(), mask.sum()]).detach())
         return total * (self.config.mtp_loss_scaling_factor / len(further))
 
 
