@@ -101,7 +101,7 @@ def begin_save(
     changing = (lambda data: data.data_ptr() in buffers) if background else None
     staged = saver.begin(Path(directory), whole, manifest, changing=changing, then=then)
     if staged is not None:
-        before_update(models.optimizer, staged.hold)
+        before_update(models.optimizer, lambda: saver.hold(staged))
 
 
 def load(

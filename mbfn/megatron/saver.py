@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Saver:
         self._host: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._error = ""
+        self.held_s = 0.0  # seconds that updates waited for copies, in all
 
     @property
     def busy(self) -> bool:
@@ -83,7 +85,7 @@ class Saver:
         """Start to write `state` to `target`, which appears whole. Collective; waits for the save before.
 
         With `changing`, which tells the tensors that may change before the next update, a copy of the state is written;
-        the caller calls `hold` of the returned value before that update. Without it the state has to stay as it is
+        the caller calls `hold` with the returned value before that update. Without it the state has to stay as it is
         until `finish`.
 
         Raises: CheckpointError where the save before failed.
@@ -114,6 +116,12 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(order,), name="checkpoint", daemon=True)
         self._thread.start()
         return staged
+
+    def hold(self, staged: Staged) -> None:
+        """Wait until the copy is whole: what the next update does first."""
+        started = time.perf_counter()
+        staged.hold()
+        self.held_s += time.perf_counter() - started
 
     def finish(self) -> str:
         """Wait for the save under way; why it failed, empty where it did not or there is none."""
