@@ -126,13 +126,16 @@ class MockData:
 DataConfig = TextData | IndexedData | ChatData | MockData
 
 
-def row_problems(data: DataConfig, micro_batch_size: int) -> Problems:
-    """Why rows of `data` cannot come in micro-batches of this size; empty when they can."""
+def row_problems(data: DataConfig, micro_batch_size: int, cp: int) -> Problems:
+    """Why rows of `data` cannot come in micro-batches of this size on `cp` ranks; empty when they can."""
     problems: Problems = []
     field, size = "train.micro_batch_size", micro_batch_size
     if packs_rows(data):
         name = "data.separate_documents" if isinstance(data, IndexedData) else "data.packing"
         require(size == 1, field, f"{name} makes one row a micro-batch, got {size}; set it to 1", problems)
+    apart = isinstance(data, IndexedData) and data.separate_documents
+    text = f"documents of any length cannot be shared by cp={cp} ranks; set parallel.cp=1"
+    require(not apart or cp == 1, "data.separate_documents", text, problems)
     if isinstance(data, ChatData) and data.preference == "pairs":
         require(size % 2 == 0, field, f"data.preference=pairs needs an even size, got {size}", problems)
     return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, Union, get_args
 
 from mbfn.config.build import Problems, dataclass_arms, field_hints, join, value_problems
 from mbfn.config.groups import ENV, Catalog
@@ -120,12 +120,21 @@ def _walk(key: str, catalog: Catalog) -> list[Any]:
     parts = key.split(".")
     for depth, part in enumerate(parts):
         parent, path = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
-        fields = {name: annotation for cls in classes for name, annotation in field_hints(cls).items()}
+        fields = _fields(classes)
         if part not in fields:
             raise ConfigError([(path, f"no such field; {_field_hint(part, parent, fields, catalog)}")])
         annotations.append(fields[part])
         classes = dataclass_arms(fields[part])
     return annotations
+
+
+def _fields(classes: tuple[type, ...]) -> dict[str, Any]:
+    """The fields of a section; where it may be one of several dataclasses, what any of them takes."""
+    found: dict[str, Any] = {}
+    for cls in classes:
+        for name, annotation in field_hints(cls).items():
+            found[name] = Union[found[name], annotation] if name in found else annotation  # noqa: UP007
+    return found
 
 
 def _field_hint(part: str, parent: str, fields: dict[str, Any], catalog: Catalog) -> str:

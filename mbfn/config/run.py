@@ -77,7 +77,7 @@ class RunConfig:
 
 
 def _batch_problems(run: RunConfig) -> list[tuple[str, str]]:
-    problems = row_problems(run.data, run.train.micro_batch_size)
+    problems = row_problems(run.data, run.train.micro_batch_size, run.parallel.cp)
     train, parallel = run.train, run.parallel
     require(
         run.model.moe is None or parallel.tp == 1 or parallel.sequence_parallel,

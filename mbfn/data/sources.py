@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mbfn.data.pool import cores
 from mbfn.errors import DataError
 
 Kind = Literal["jsonl", "json", "parquet", "arrow", "text"]
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
 }  # fmt: skip
-SHARD_BYTES = 16 << 20
-_BATCHES = 64  # of an Arrow file, or row groups of a Parquet one, in a shard
+_SHARD_BYTES = 1 << 20, 16 << 20  # the smallest and the largest shard of a JSONL file
+_SHARES = 6  # shards for each worker, so that none waits long for the last
 
 
 class RowError(Exception):
@@ -67,9 +68,11 @@ def find_files(path: str, field: str = "data.path") -> tuple[Path, ...]:
     return found
 
 
-def shards_of(files: Sequence[Path]) -> list[Shard]:
-    """The parts of the files, in order."""
-    return [shard for file in files for shard in _shards(file)]
+def shards_of(files: Sequence[Path], workers: int = 0) -> list[Shard]:
+    """The parts of the files, in order, several for each of `workers` processes (0: one a core)."""
+    share = sum(file.stat().st_size for file in files) // (_SHARES * (workers or cores()))
+    least, most = _SHARD_BYTES
+    return [shard for file in files for shard in _shards(file, max(least, min(most, share)))]
 
 
 def read_shard(shard: Shard) -> Iterator[Record]:
@@ -105,13 +108,14 @@ def _file_digest(file: Path, cache: Path) -> str:
     return found
 
 
-def _shards(file: Path) -> Iterator[Shard]:
+def _shards(file: Path, step: int) -> Iterator[Shard]:
     kind = _KINDS[file.suffix]
     if kind == "json" and _begins_with(file) != b"[":
         kind = "jsonl"
-    size, step = file.stat().st_size, SHARD_BYTES
+    size = file.stat().st_size
     if kind in ("parquet", "arrow"):
-        size, step = _parts(file, kind), _BATCHES
+        parts = _parts(file, kind)
+        size, step = parts, max(1, parts * step // max(1, size))
     elif kind != "jsonl":
         step = max(1, size)
     for start in range(0, size, step):

@@ -101,10 +101,15 @@ def end_of_text(tokenizer: TokenizerFiles, run: RunConfig) -> int | None:
     """The token that closes a document: the model's own, else the one that the tokenizer names."""
     if run.model.eos_token_id:
         return run.model.eos_token_id[0]
+    return eos_of(tokenizer)
+
+
+def eos_of(tokenizer: TokenizerFiles, name: str = "eos_token") -> int | None:
+    """The token that the tokenizer's configuration gives this name to."""
     config = next((file for file in tokenizer.files if file.name == "tokenizer_config.json"), None)
     if config is None:
         return None
-    named = json.loads(config.read_text()).get("eos_token")
+    named = json.loads(config.read_text()).get(name)
     content = named.get("content") if isinstance(named, dict) else named
     return tokenizer.load().token_to_id(content) if content else None
 
@@ -161,12 +166,12 @@ def _has_tokenizer(directory: Path) -> bool:
     return False
 
 
-def open_tokenizer(path: Path) -> TokenizerFiles:
+def open_tokenizer(path: Path, field: str = "data.tokenizer") -> TokenizerFiles:
     """The tokenizer of a directory or of a tokenizer.json. Raises: DataError where there is none."""
     if path.is_file():
         return TokenizerFiles((path,))
     if not (path / "tokenizer.json").is_file():
-        raise DataError(f"data.tokenizer: no tokenizer.json at {path}; give a tokenizer directory, that file, or auto")
+        raise DataError(f"{field}: no tokenizer.json at {path}; give a tokenizer directory, that file, or auto")
     return TokenizerFiles(tuple(path / name for name in _CARRIED if (path / name).is_file()))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import batched
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbfn.config.data import ChatData
+from mbfn.data.bad_rows import check, counts, first_lines, located, reasons, write_bad_rows
 from mbfn.data.chat.encode import ChatSample, encode_rows
 from mbfn.data.chat.template import ChatTokenizer, open_chat_tokenizer
 from mbfn.data.pool import ordered_map
@@ -25,7 +26,6 @@ from mbfn.errors import DataError
 FORMAT = 1  # of the arrays and of how masks are found
 BAD_ROWS = "bad_rows.jsonl"
 _BATCH = 64  # rows that the tokenizer works on at once
-_SHOWN = 3  # bad rows that an error names
 _OPTIONS = ("form", "turns", "roles", "train_on_prompt", "reasoning", "date", "preference", "bad_rows")
 
 
@@ -92,25 +92,23 @@ def build(path: str, tokenizer: Path, data: ChatData, directory: Path) -> None:
     Raises: DataError for bad rows, unless they are to be skipped, and for a set without a good one.
     """
     files = find_files(path)
-    shards = shards_of(files)
+    shards = shards_of(files, data.workers)
     chat = _chat(tokenizer, data.chat_template, data.date)
     dtype = "uint16" if len(chat.tokenizer) <= 1 << 16 else "uint32"
     order = Order(tokenizer=tokenizer, data=data, scratch=directory, dtype=dtype)
     tasks = [(order, number, shard) for number, shard in enumerate(shards)]
     done = list(ordered_map(_work, tasks, data.workers))
-    bad = list(_bad_rows(shards, done))
-    if bad and data.bad_rows == "error":
-        raise DataError(_complaint(path, bad, sum(part.rows for part in done)))
+    bad = list(located(shards, [part.lines for part in done], [part.bad for part in done]))
+    check(bad, sum(part.rows for part in done), path, data.bad_rows)
     if not any(part.lengths for part in done):
-        raise DataError(f"data.path: {path} has no row to train on; {_reasons(bad)}")
+        raise DataError(f"data.path: {path} has no row to train on; {reasons(counts(bad)) or 'it is empty'}")
     _join(directory, shards, done, dtype)
-    with (directory / BAD_ROWS).open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps({"file": f, "line": n, "reason": why}) + "\n" for f, n, why in bad)
+    write_bad_rows(directory / BAD_ROWS, bad)
     about = {
         "files": [str(file) for file in files],
         "rows": sum(part.rows for part in done),
         "typed": sum(part.typed for part in done),
-        "bad": Counter(_kind(why) for _, _, why in bad),
+        "bad": counts(bad),
     }
     (directory / "about.json").write_text(json.dumps(about))
 
@@ -164,39 +162,6 @@ def _write(sample: ChatSample, dtype: str, tokens: object, mask: object) -> None
     sample.mask.tofile(mask)  # type: ignore[arg-type]
 
 
-def _starts(shards: Sequence[Shard], done: Sequence[Done]) -> Iterator[int]:
-    """The lines of its file before each shard."""
-    before, file = 0, None
-    for shard, part in zip(shards, done, strict=True):
-        before = before if shard.file == file else 0
-        file = shard.file
-        yield before
-        before += part.lines
-
-
-def _bad_rows(shards: Sequence[Shard], done: Sequence[Done]) -> Iterator[tuple[str, int, str]]:
-    for shard, start, part in zip(shards, _starts(shards, done), done, strict=True):
-        yield from ((str(shard.file), start + line, why) for line, why in part.bad)
-
-
-def _complaint(path: str, bad: Sequence[tuple[str, int, str]], rows: int) -> str:
-    shown = "; ".join(f"{file}:{line}: {why}" for file, line, why in bad[:_SHOWN])
-    more = f"; and {len(bad) - _SHOWN} more ({_reasons(bad)})" if len(bad) > _SHOWN else ""
-    return (
-        f"data.path: {len(bad)} of {rows} rows of {path} cannot be used: {shown}{more}; mend them, or leave them out "
-        "with data.bad_rows=skip"
-    )
-
-
-def _reasons(bad: Sequence[tuple[str, int, str]]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(_kind(why) for _, _, why in bad).most_common())
-
-
-def _kind(why: str) -> str:
-    """What is common to the reasons of one sort."""
-    return why.partition(":")[0]
-
-
 def _join(directory: Path, shards: Sequence[Shard], done: Sequence[Done], dtype: str) -> None:
     """The shards' arrays as one of each sort, read and written piece by piece."""
     lengths = np.asarray([length for part in done for length in part.lengths], dtype=np.int64)
@@ -213,9 +178,10 @@ def _join(directory: Path, shards: Sequence[Shard], done: Sequence[Done], dtype:
             os.unlink(file)
         whole.flush()
     files = list(dict.fromkeys(shard.file for shard in shards))
+    before = first_lines(shards, [part.lines for part in done])
     places = [
         (files.index(shard.file), first + line)
-        for shard, first, part in zip(shards, _starts(shards, done), done, strict=True)
+        for shard, first, part in zip(shards, before, done, strict=True)
         for line in part.at
     ]
     np.save(directory / "offsets.npy", offsets)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mbfn.config.data import ChatData
 from mbfn.config.run import RunConfig
+from mbfn.data.bad_rows import reasons
 from mbfn.data.chat.build import BAD_ROWS, Samples, build, open_samples, samples_digest
 from mbfn.data.dataset import Dataset
 from mbfn.data.files import cached
@@ -42,7 +43,7 @@ class ChatRows:
 
     def read(self, numbers: NDArray[np.int64]) -> Rows:
         """The rows of these numbers."""
-        bins = [self._bin(int(number)) for number in numbers]
+        bins = self._bins(numbers)
         return rows_of_samples(
             [[self.sample(int(item)) for item in items] for items in bins],
             self.seq_length,
@@ -64,29 +65,28 @@ class ChatRows:
         """The rows of an epoch in the order of the samples, which is the epoch's own where rows are made anew."""
         return _bins_of(self, epoch) if self.bins is None else self.bins
 
-    def _bin(self, number: int) -> NDArray[np.int64]:
+    def _bins(self, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         if self.data.preference == "pairs":
-            pair = self._place(number // 2, len(self.chosen) // 2)
-            return np.asarray([2 * pair + number % 2], dtype=np.int64)
-        if self.bins is not None:
-            return self.bins[self._place(number, len(self.bins))]
-        epoch = 0
-        while number >= (rows := len(self.epoch_bins(epoch))):
-            number, epoch = number - rows, epoch + 1
-        seed = self.seed if self.seed is not None else 0
-        return self.epoch_bins(epoch)[int(permuted(np.asarray([number], dtype=np.int64), rows, seed, epoch)[0])]
+            pairs = self._places(numbers // 2, len(self.chosen) // 2)
+            return list((2 * pairs + numbers % 2)[:, None])
+        if self.bins is None:
+            return [self._made_anew(int(number)) for number in numbers]
+        return [self.bins[int(place)] for place in self._places(numbers, len(self.bins))]
 
-    def _place(self, number: int, size: int) -> int:
-        if self.seed is None:
-            return number % size
-        return int(shuffled(np.asarray([number], dtype=np.int64), size, self.seed)[0])
+    def _made_anew(self, number: int) -> NDArray[np.int64]:
+        epoch = 0
+        while number >= (rows := len(bins := self.epoch_bins(epoch))):
+            number, epoch = number - rows, epoch + 1
+        return bins[int(permuted(np.asarray([number], dtype=np.int64), rows, self.seed or 0, epoch)[0])]
+
+    def _places(self, numbers: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        return numbers % size if self.seed is None else shuffled(numbers, size, self.seed)
 
 
 @lru_cache(maxsize=64)
 def _bins_of(rows: ChatRows, epoch: int) -> Bins:
     """One epoch's own rows: its samples in an order of its own, then packed. Later epochs are counted on from it."""
-    seed = rows.seed if rows.seed is not None else 0
-    order = permuted(np.arange(len(rows.chosen)), len(rows.chosen), seed + 1, epoch)
+    order = permuted(np.arange(len(rows.chosen)), len(rows.chosen), (rows.seed or 0) + 1, epoch)
     lengths = np.minimum(rows.samples.positions[rows.chosen], rows.seq_length)
     bins = packed(lengths[order], rows.seq_length, rows.data.packing, multiple=rows.multiple)
     return Bins(order[bins.items], bins.bounds)
@@ -257,8 +257,7 @@ def _description(data: ChatData, train: Samples, rows: ChatRows, valid: ChatRows
     if said := _left_out(left):
         parts.append(said)
     if train.bad:
-        skipped = ", ".join(f"{count:,} {kind}" for kind, count in train.bad.most_common())
-        parts.append(f"bad rows skipped: {skipped} (listed in {train.entry / BAD_ROWS})")
+        parts.append(f"bad rows skipped: {reasons(train.bad)} (listed in {train.entry / BAD_ROWS})")
     if train.typed:
         parts.append(f"special tokens typed in {train.typed:,} samples are text")
     return "; ".join(parts)
