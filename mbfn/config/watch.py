@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def watch_problems(run: RunConfig) -> list[tuple[str, str]]:
-    """Why `profile` and `launch` cannot do what they say in this run; empty when they can."""
+    """Why `checkpoint`, `profile` and `launch` cannot do what they say in this run; empty when they can."""
     problems: list[tuple[str, str]] = []
     every, resume = run.checkpoint.interval, run.checkpoint.resume
     again = run.launch.max_restarts
@@ -19,6 +19,11 @@ def watch_problems(run: RunConfig) -> list[tuple[str, str]]:
     require(every > 0 or not again, "launch.max_restarts", text, problems)
     text = f"{again} starts the run again from its checkpoint; set checkpoint.resume=auto"
     require(resume == "auto" or not again, "launch.max_restarts", text, problems)
+    if run.checkpoint.keep_best:
+        evaluated = run.train.eval_interval
+        judged = every > 0 and evaluated > 0 and every % evaluated == 0
+        text = f"needs a held-out loss at each checkpoint; set checkpoint.interval={every} to a multiple of "
+        require(judged, "checkpoint.keep_best", f"{text}train.eval_interval={evaluated}, above 0", problems)
     if run.profile.kind != "none":
         problems += _profile_problems(run)
     return problems

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mbfn.config.run import RunConfig
 from mbfn.config.train import CheckpointConfig
-from mbfn.errors import CheckpointError
+from mbfn.errors import CheckpointError, ConfigError
 from mbfn.train.checkpoints import (
     check_record,
     checkpoint_path,
@@ -107,6 +108,21 @@ def test_never_resuming_does_not_mix_runs(tmp_path: Path) -> None:
     saved(tmp_path, 7)
     with pytest.raises(CheckpointError, match=r"checkpoint.resume: never, but .* holds step_00000007; choose another"):
         checkpoint_to_resume(never, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"interval": 4, "keep_every": 6}, "keep_every: 6 is no multiple of interval=4, so no checkpoint falls on it"),
+        ({"keep_every": 6}, "keep_every: 6 is no multiple of interval=0"),
+        ({"keep_last": 0}, "keep_last: expected at least 1, got 0"),
+        ({"interval": 3, "keep_best": 1}, "checkpoint.keep_best: needs a held-out loss at each checkpoint; set "),
+        ({"resume": ""}, "resume: expected auto, never or a directory, got nothing"),
+    ],
+)
+def test_what_would_never_be_kept_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(RUN, checkpoint=CheckpointConfig(**fields), train=replace(RUN.train, eval_interval=2))
 
 
 def changed(**train: int) -> RunConfig:
