@@ -59,7 +59,10 @@ def _in_thread(pairs: Sequence[tuple[Tensor, Tensor]], views: tuple[Tensor, ...]
         finally:
             copied.set()
 
-    return Staged(tensors=views, finish=finish, hold=lambda: copied.wait() and None)
+    def hold() -> None:
+        copied.wait()
+
+    return Staged(tensors=views, finish=finish, hold=hold)
 
 
 def _on_gpu(pairs: Sequence[tuple[Tensor, Tensor]]) -> Staged:

@@ -52,7 +52,7 @@ def write_provenance(output_dir: Path, run: RunConfig, command: tuple[str, ...],
     write_text(output_dir / CONFIG, to_yaml(run))
     write_text(output_dir / RECORD, json.dumps(record, indent=2) + "\n")
     write_text(output_dir / DIFF, code["diff"])
-    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.node()}
+    start: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.node()}
     start |= {name: record.get(name) for name in ("digest", "command", "from", "git", "versions")}
     with (output_dir / STARTS).open("a") as file:
         file.write(json.dumps(start) + "\n")
