@@ -28,6 +28,8 @@ EFFECTS: Mapping[str, Effect] = {
     "optim": "numerics",
     "optim.overlap_grad_reduce": "speed",
     "optim.overlap_param_gather": "speed",
+    "optim.optimizer_offload_fraction": "memory",
+    "optim.overlap_cpu_optimizer_d2h_h2d": "speed",
     "schedule": "numerics",
     "init": "numerics",
     "parallel.tp": "memory",
@@ -42,9 +44,6 @@ EFFECTS: Mapping[str, Effect] = {
     "parallel.num_layers_in_last_pipeline_stage": "memory",
     "parallel.account_for_embedding_in_pipeline_split": "memory",
     "parallel.account_for_loss_in_pipeline_split": "memory",
-    "train.steps": "numerics",
-    "train.global_batch_size": "numerics",
-    "train.micro_batch_size": "memory",
     "parallel.pipeline_model_parallel_layout": "memory",
     "parallel.sharding": "memory",
     "parallel.num_distributed_optimizer_instances": "memory",
@@ -57,8 +56,19 @@ EFFECTS: Mapping[str, Effect] = {
     "parallel.moe_shared_expert_overlap": "speed",
     "parallel.overlap_moe_expert_parallel_comm": "speed",
     "parallel.delay_wgrad_compute": "speed",
+    "train.steps": "numerics",
+    "train.global_batch_size": "numerics",
+    "train.micro_batch_size": "memory",
     "train.seq_length": "numerics",
     "train.recompute": "memory",
+    "train.recompute_method": "memory",
+    "train.recompute_num_layers": "memory",
+    "train.recompute_modules": "memory",
+    "train.offload_modules": "memory",
+    "train.offload_num_layers": "memory",
+    "train.cuda_graph_impl": "speed",
+    "train.cuda_graph_modules": "speed",
+    "train.deterministic": "speed",
     "train.seed": "numerics",
     "train.eval_interval": "bookkeeping",
     "train.eval_batches": "bookkeeping",
@@ -69,6 +79,8 @@ EFFECTS: Mapping[str, Effect] = {
     "launch": "bookkeeping",
     "launch.device": "speed",
     "site": "bookkeeping",
+    "bench": "bookkeeping",
+    "benchmark": "bookkeeping",
 }
 
 
@@ -79,8 +91,6 @@ class _Absent:
         return "absent"
 
 
-    "bench": "bookkeeping",
-    "benchmark": "bookkeeping",
 ABSENT = _Absent()
 
 

@@ -21,6 +21,7 @@ from mbfn.config.precision import PrecisionConfig
 from mbfn.config.profile import ProfileConfig
 from mbfn.config.recipes import precision_problems
 from mbfn.config.site import SiteConfig
+from mbfn.config.techniques import technique_problems
 from mbfn.config.train import CheckpointConfig, InitConfig, LaunchConfig, LogConfig, TrainConfig
 from mbfn.config.watch import watch_problems
 from mbfn.errors import ConfigError, require
@@ -53,7 +54,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         problems = [*layout_problems(self.model, self.parallel), *_batch_problems(self), *_schedule_problems(self)]
         problems += [*_overlap_problems(self), *_sharding_problems(self), *loss_problems(self)]
-        problems += [*watch_problems(self), *adapter_problems(self)]
+        problems += [*watch_problems(self), *technique_problems(self), *adapter_problems(self)]
         problems += [*precision_problems(self), *fusion_problems(self), *benchmark_problems(self)]
         if problems:
             raise ConfigError(problems)

@@ -1,7 +1,7 @@
 """Megatron-core behind values: groups, layer specs, models, optimizer steps, checkpoints. The only importer of it."""
 
 from mbfn.megatron import bootstrap  # first: before every module that imports megatron-core
-from mbfn.megatron.build import build, build_model, state_dict
+from mbfn.megatron.build import build, build_model, empty_model, state_dict
 from mbfn.megatron.checkpoint import begin_save, load, load_model, save
 from mbfn.megatron.decode import Sampling, continuation, generate
 from mbfn.megatron.distill import Distillation, distillation
@@ -17,18 +17,13 @@ from mbfn.megatron.world import World, open_world
 
 __all__ = [
     "Distillation",
-    "Distillation",
-    "Frozen",
     "Frozen",
     "Loss",
-    "Loss",
-    "MicroBatch",
     "MicroBatch",
     "Models",
     "Sampling",
     "Saver",
     "StepResult",
-    "Term",
     "Term",
     "World",
     "begin_save",
@@ -39,25 +34,20 @@ __all__ = [
     "continuation",
     "device_weights",
     "distillation",
-    "distillation",
+    "empty_model",
     "eval_step",
     "generate",
     "load",
     "load_model",
     "logits",
     "looking",
-    "looking",
     "meta_states",
-    "open_frozen",
     "open_frozen",
     "open_world",
     "save",
     "scores",
-    "scores",
     "state_dict",
     "summed",
-    "summed",
-    "token_losses",
     "token_losses",
     "train_step",
 ]

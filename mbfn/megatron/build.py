@@ -47,6 +47,12 @@ def build_model(
     return chunks
 
 
+def empty_model(run: RunConfig, world: World) -> tuple[LanguageModel, ...]:
+    """This rank's model chunks for `load_model` to give weights."""
+    impl, config = choose_impl(world.device), transformer_config(on_device(run, world.device), world)
+    return build_chunks(run.model, run.parallel, config, world.groups, impl=impl)
+
+
 def state_dict(models: Models) -> dict[str, Tensor]:
     """This rank's weights under the names of `mbfn.to_megatron`. The tensors are the model's own, not copies.
 

@@ -1,4 +1,4 @@
-"""Logits and text from a rank's models, at any layout."""
+"""Logits from a rank's models, at any layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from mbfn.megatron.model import LanguageModel
-from mbfn.megatron.packed import zigzag
+from mbfn.megatron.modules import zigzag
 from mbfn.megatron.world import World
 
 
@@ -23,42 +23,68 @@ def logits(world: World, chunks: Sequence[LanguageModel], tokens: Tensor) -> Ten
 
     Shapes: tokens (B, S) -> (B, S, V)
     """
-    padded = _padded(tokens, world)
-    with torch.no_grad(), _evaluating(chunks):
-        own = _pipeline(world, chunks, padded)
-    whole = _joined(own, world) if own is not None else None
+    padded, cp = _padded(tokens, world), world.parallel.cp
+    positions = zigzag(padded.size(1), cp, world.coordinates.cp).to(world.device)
+    with torch.no_grad(), evaluating(chunks):
+        own = pass_through(world, chunks, padded.index_select(1, positions), positions)
+    whole = None if own is None else _in_order(over_vocabulary(own, world), world)
     shape = (*padded.shape, chunks[0].unpadded_vocab_size)
-    out = _from_last_stage(whole, shape, world)
-    return out[:, : tokens.size(1)]
+    return from_last_stage(whole, shape, world)[:, : tokens.size(1)]
 
 
-def generate(
-    world: World,
-    chunks: Sequence[LanguageModel],
-    prompt: Sequence[int],
-    *,
-    new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop: Sequence[int] = (),
-) -> list[int]:
-    """`prompt` continued by up to `new_tokens`, ending after one of `stop`. Collective; equal on every rank.
+def pass_through(
+    world: World, chunks: Sequence[LanguageModel], tokens: Tensor, positions: Tensor, *, at: slice = slice(None)
+) -> Tensor | None:
+    """This rank's share of the logits `at` some of its tokens, or None on all but the last stage. Collective.
 
-    Temperature 0 takes the likeliest token. Each token is a pass over the whole text.
+    Shapes: tokens (B, S), positions (S,) -> (B, S, V / tp)
     """
-    sampler = torch.Generator().manual_seed(seed)
-    text = list(prompt)
-    for _ in range(new_tokens):
-        scores = logits(world, chunks, torch.tensor([text], device=world.device))[0, -1].float().cpu()
-        token = int(scores.argmax()) if temperature == 0 else _sample(scores / temperature, sampler)
-        text.append(token)
-        if token in stop:
-            break
-    return text
+    parallel, config = world.parallel, chunks[0].config
+    passes = parallel.pp if parallel.vpp > 1 else 1  # the interleaved schedule takes no fewer
+    schedule = get_forward_backward_func(pp_size=parallel.pp, vp_size=config.virtual_pipeline_model_parallel_size)
+    outputs = schedule(
+        forward_step_func=partial(_forward, tokens, positions[None].expand_as(tokens), at),
+        data_iterator=None if len(chunks) == 1 else [None] * len(chunks),
+        model=chunks[0] if len(chunks) == 1 else list(chunks),
+        num_microbatches=passes,
+        seq_length=tokens.size(1) * parallel.cp,
+        micro_batch_size=tokens.size(0),
+        forward_only=True,
+        collect_non_loss_data=True,
+        p2p_communicator=P2PCommunicator(pp_group=world.groups.pp, config=config),
+        pg_collection=world.groups,
+    )
+    return outputs[-1] if outputs else None
 
 
-def _sample(scores: Tensor, sampler: torch.Generator) -> int:
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=sampler))
+def over_vocabulary(own: Tensor, world: World) -> Tensor:
+    """The shares of tensor-parallel ranks as one tensor. Shapes: (B, S, V / tp) -> (B, S, V)"""
+    return torch.cat(_gathered(own, world.groups.tp), dim=-1)
+
+
+def from_last_stage(whole: Tensor | None, shape: tuple[int, ...], world: World) -> Tensor:
+    """What the last stage has, in fp32 and of `shape`, without the padded vocabulary, on every stage. Collective."""
+    if whole is None:
+        out = torch.empty(shape, dtype=torch.float32, device=world.device)
+    else:
+        out = whole[..., : shape[-1]].float().contiguous()
+    if world.parallel.pp > 1:
+        last = dist.get_process_group_ranks(world.groups.pp)[-1]
+        dist.broadcast(out, src=last, group=world.groups.pp)
+    return out
+
+
+@contextlib.contextmanager
+def evaluating(chunks: Sequence[LanguageModel]) -> Iterator[None]:
+    """Inside, the models run as they do outside training."""
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, before in zip(chunks, training, strict=True):
+            chunk.train(before)
 
 
 def _padded(tokens: Tensor, world: World) -> Tensor:
@@ -71,40 +97,19 @@ def _padded(tokens: Tensor, world: World) -> Tensor:
     return torch.nn.functional.pad(tokens.to(world.device), (0, missing))
 
 
-def _pipeline(world: World, chunks: Sequence[LanguageModel], tokens: Tensor) -> Tensor | None:
-    """This rank's share of the logits, or None on all but the last stage."""
-    parallel, config = world.parallel, chunks[0].config
-    positions = zigzag(tokens.size(1), parallel.cp, world.coordinates.cp).to(world.device)
-    own = tokens.index_select(1, positions)
-    passes = parallel.pp if parallel.vpp > 1 else 1  # the interleaved schedule takes no fewer
-    schedule = get_forward_backward_func(pp_size=parallel.pp, vp_size=config.virtual_pipeline_model_parallel_size)
-    outputs = schedule(
-        forward_step_func=partial(_forward, own, positions[None].expand_as(own)),
-        data_iterator=None if len(chunks) == 1 else [None] * len(chunks),
-        model=chunks[0] if len(chunks) == 1 else list(chunks),
-        num_microbatches=passes,
-        seq_length=tokens.size(1),
-        micro_batch_size=tokens.size(0),
-        forward_only=True,
-        collect_non_loss_data=True,
-        p2p_communicator=P2PCommunicator(pp_group=world.groups.pp, config=config),
-        pg_collection=world.groups,
-    )
-    return outputs[-1] if outputs else None
+def _forward(
+    tokens: Tensor, positions: Tensor, at: slice, _: Iterator | None, model: LanguageModel
+) -> tuple[Tensor, Callable]:
+    return model(tokens, positions, None), partial(_some, at)
 
 
-def _forward(tokens: Tensor, positions: Tensor, _: Iterator | None, model: LanguageModel) -> tuple[Tensor, Callable]:
-    return model(tokens, positions, None), _as_it_is
-
-
-def _as_it_is(output: Tensor, *, non_loss_data: bool) -> Tensor:
+def _some(at: slice, output: Tensor, *, non_loss_data: bool) -> Tensor:
     del non_loss_data
-    return output
+    return output[:, at]
 
 
-def _joined(own: Tensor, world: World) -> Tensor:
-    """The shares of tensor- and context-parallel ranks as one tensor, without the padded vocabulary."""
-    scores = torch.cat(_gathered(own, world.groups.tp), dim=-1)
+def _in_order(scores: Tensor, world: World) -> Tensor:
+    """The sequence that context-parallel ranks hold chunks of."""
     cp = world.parallel.cp
     if cp == 1:
         return scores
@@ -117,26 +122,3 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, own.contiguous(), group=group)
     return parts
-
-
-def _from_last_stage(whole: Tensor | None, shape: tuple[int, ...], world: World) -> Tensor:
-    if whole is None:
-        out = torch.empty(shape, dtype=torch.float32, device=world.device)
-    else:
-        out = whole[..., : shape[-1]].float().contiguous()
-    if world.parallel.pp > 1:
-        last = dist.get_process_group_ranks(world.groups.pp)[-1]
-        dist.broadcast(out, src=last, group=world.groups.pp)
-    return out
-
-
-@contextlib.contextmanager
-def _evaluating(chunks: Sequence[LanguageModel]) -> Iterator[None]:
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk, before in zip(chunks, training, strict=True):
-            chunk.train(before)

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.optimizer_state import prime
-from mbfn.megatron.settings import Impl, ddp_config, optimizer_config
+from mbfn.megatron.optimizers import make_optimizer
+from mbfn.megatron.settings import Impl, ddp_config
 from mbfn.megatron.world import World
 
 
@@ -45,24 +46,10 @@ def wrap(
         )
         for number, chunk in enumerate(chunks)
     )
-    settings = optimizer_config(run)
-    optimizer = get_megatron_optimizer(
-        settings,
-        list(ddp),
-        config_overrides=get_standard_config_overrides(settings),  # no weight decay on norms and biases
-        use_gloo_process_groups=False,
-        pg_collection=world.groups,
-    )
+    optimizer = make_optimizer(run, world, chunks, ddp)
     prime(optimizer)
     _hook(config, ddp, optimizer, overlap=run.optim.overlap_grad_reduce, gather=run.optim.overlap_param_gather)
     return Models(chunks=tuple(chunks), ddp=ddp, optimizer=optimizer, config=config, impl=impl)
-
-
-def set_rates(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> None:
-    """Learning rate and weight decay of the next step; Megatron leaves the groups' multipliers to its scheduler."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
-        group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 @contextlib.contextmanager

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mbfn.config.fusion import FusionConfig
@@ -17,7 +15,7 @@ from mbfn.config.model import Dtype, ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
-from mbfn.config.train import Recompute
+from mbfn.config.train import TrainConfig
 from mbfn.convert.table import Impl
 from mbfn.errors import LaunchError
 from mbfn.megatron.activations import activation_settings
@@ -25,12 +23,13 @@ from mbfn.megatron.bootstrap import has_transformer_engine
 from mbfn.megatron.latent import config_class, latent_settings
 from mbfn.megatron.layouts import layout_settings
 from mbfn.megatron.moe import moe_settings
-from mbfn.megatron.precision import gather_settings, optimizer_settings, precision_settings
+from mbfn.megatron.precision import gather_settings, precision_settings
 from mbfn.megatron.supported import check_supported
+from mbfn.megatron.techniques import check_techniques, technique_settings
 from mbfn.megatron.world import World
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NO_FUSION = FusionConfig()
+_PLAIN, _NO_FUSION = TrainConfig(), FusionConfig()
 
 
 def choose_impl(device: torch.device) -> Impl:
@@ -51,8 +50,9 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
                 f"precision.{field}: {getattr(run.precision, field)} needs Transformer Engine on a CUDA GPU, "
                 f"this is {world.device.type} with the local modules; use precision=bf16 with fp32 states, or fp32"
             )
-    cpu, recompute = world.device.type == "cpu", run.train.recompute
+    cpu = world.device.type == "cpu"
     _check_kernels(run, impl)
+    check_techniques(run, impl)
     stage = world.coordinates.pp
     return core_config(
         run.model,
@@ -60,7 +60,7 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
         run.precision,
         impl=impl,
         cpu=cpu,
-        recompute=recompute,
+        train=run.train,
         fusion=run.fusion,
         stage=stage,
     )
@@ -92,7 +92,7 @@ def core_config(
     *,
     impl: Impl,
     cpu: bool,
-    recompute: Recompute = "none",
+    train: TrainConfig = _PLAIN,
     fusion: FusionConfig = _NO_FUSION,
     stage: int = 0,
 ) -> TransformerConfig:
@@ -129,14 +129,13 @@ def core_config(
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         mtp_num_layers=model.mtp_num_layers or None,
-        cuda_graph_modules=[],
         **layout_settings(model, parallel, stage=stage),
         **_window(model),
         **activation_settings(model, fused=not cpu),
         **_fusions(impl, cpu=cpu),
         **precision_settings(precision),
         **asdict(fusion),
-        **_recompute(recompute),
+        **technique_settings(train),
     )
     fields |= latent_settings(model) | moe_settings(model, parallel, impl=impl, cpu=cpu)
     config = config_class(model)(**fields)
@@ -145,47 +144,21 @@ def core_config(
     return config
 
 
+def cuts_states(run: RunConfig) -> bool:
+    """Whether Megatron's distributed optimizer keeps the states, as it can for AdamW."""
+    return run.parallel.sharding == "zero1" and run.optim.optimizer == "adamw"
+
+
 def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
     """How gradients are reduced over data-parallel ranks."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=run.precision.grads == "fp32",
-        use_distributed_optimizer=run.parallel.sharding == "zero1",
+        use_distributed_optimizer=cuts_states(run),
         overlap_grad_reduce=run.optim.overlap_grad_reduce,
         overlap_param_gather=run.optim.overlap_param_gather,
         num_distributed_optimizer_instances=run.parallel.num_distributed_optimizer_instances,
         delay_wgrad_compute=run.parallel.delay_wgrad_compute,
         **gather_settings(run.precision),
-    )
-
-
-def optimizer_config(run: RunConfig) -> OptimizerConfig:
-    """AdamW and its number formats. An infinite clip still measures the gradient norm."""
-    optim, precision = run.optim, run.precision
-    formats: dict[str, Any] = {}
-    if precision.precision_aware:
-        formats = {
-            "use_precision_aware_optimizer": True,
-            "main_grads_dtype": DTYPES[precision.grads],
-            "main_params_dtype": DTYPES[precision.main_params],
-            "exp_avg_dtype": DTYPES[precision.exp_avg],
-            "exp_avg_sq_dtype": DTYPES[precision.exp_avg_sq],
-        }
-    formats |= optimizer_settings(precision)
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=optim.lr,
-        min_lr=0.0,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        adam_eps=optim.eps,
-        clip_grad=optim.clip_grad or math.inf,
-        bf16=precision.params == "bf16",
-        fp16=precision.params == "fp16",
-        params_dtype=DTYPES[precision.params],
-        use_distributed_optimizer=run.parallel.sharding == "zero1",
-        overlap_param_gather=optim.overlap_param_gather,
-        **formats,
     )
 
 
@@ -226,9 +199,3 @@ def _fusions(impl: Impl, *, cpu: bool) -> dict[str, Any]:
         "bias_activation_fusion": not cpu,
         "bias_dropout_fusion": not cpu,
     }
-
-
-def _recompute(recompute: Recompute) -> dict[str, Any]:
-    if recompute == "none":
-        return {}
-    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -17,8 +17,10 @@ from torch import Tensor
 from mbfn.config.run import RunConfig
 from mbfn.megatron.device import attributes
 from mbfn.megatron.losses import Loss, MicroBatch, Sums, Term
-from mbfn.megatron.optimizer import Models, set_rates, zero_gradients
+from mbfn.megatron.optimizer import Models, zero_gradients
+from mbfn.megatron.optimizers import loss_scale, set_rates
 from mbfn.megatron.packed import own_part
+from mbfn.megatron.side_losses import side_losses
 from mbfn.megatron.update import Judge, no_fault, update
 from mbfn.megatron.world import World
 
@@ -34,7 +36,7 @@ class StepResult:
     tokens: int  # that the loss counted
     skipped: bool  # the weights did not change: fp16 overflow, or a fault
     fault: str = ""  # what the judge found
-    metrics: Mapping[str, float] = field(default_factory=dict)  # of the loss, by the names it gives
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the loss, by the names it gives, and beside it
     loss_scale: float | None = None  # what fp16 gradients were multiplied by in this step
 
 
@@ -66,7 +68,9 @@ def train_step(
     """Update the weights once from this data-parallel rank's micro-batches of whole sequences. Collective."""
     set_rates(models.optimizer, lr=lr, weight_decay=run.optim.weight_decay)
     zero_gradients(models)
-    found = forward_backward(run, world, models, micro_batches, loss=loss, forward_only=False)
+    scale = loss_scale(models.optimizer)
+    with side_losses(run, world, models.chunks) as aside:
+        found = forward_backward(run, world, models, micro_batches, loss=loss, forward_only=False)
     result = update(models.optimizer, found.mean, judge)
     return StepResult(
         loss=found.mean,
@@ -74,8 +78,8 @@ def train_step(
         tokens=found.tokens,
         skipped=not result.done,
         fault=result.fault,
-        metrics=found.metrics,
-        loss_scale=None,
+        metrics={**found.metrics, **aside},
+        loss_scale=scale,
     )
 
 
@@ -135,10 +139,11 @@ def forward_backward(
 
 
 def _forward_step(
-    loss: Loss, records: list[Sums], batches: Iterator[MicroBatch], model: torch.nn.Module
+    loss: Loss, records: list[Sums], batches: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Tensor, Any]:
+    """The model's output, or how Megatron's schedule of two micro-batches at once is to make it."""
     batch = next(batches)
-    output, added = loss.forward(model, batch)
+    output, added = loss.forward(model.build_schedule_plan if return_schedule_plan else model, batch)
     if added:
         records.append(added)
     return output, partial(_measure, loss, records, batch)
@@ -154,8 +159,6 @@ def _measure(
     return term.total, torch.ones((), dtype=torch.int, device=output.device), {}
 
 
-def _finalize(records: list[Sums], world: World, chunks: list, num_tokens: Tensor, **settings: Any) -> None:
-    """Megatron's, but the gradients are divided by the weights of the whole step."""
 def _averaging(
     scale: Callable[[Tensor], Tensor], loss: Loss, parts: list[dict[str, Any]], records: list[Sums], world: World
 ) -> dict[str, Any]:
@@ -174,6 +177,8 @@ def _averaging(
     }
 
 
+def _finalize(records: list[Sums], world: World, chunks: list, num_tokens: Tensor, **settings: Any) -> None:
+    """Megatron's, but the gradients are divided by the weights of the whole step."""
     del num_tokens
     finalize_model_grads(chunks, None, **settings)
     share = _inverse(_totals(records, ("weight",), world)[0])
@@ -181,12 +186,12 @@ def _averaging(
         chunk.scale_gradients(share)
 
 
-def _totals(records: Sequence[Sums], names: Sequence[str], world: World) -> Tensor:
-    """Sums over the records of all ranks. Only the last stage measures, others may add."""
 def _inverse(weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 1.0, 1 / weight).float()
 
 
+def _totals(records: Sequence[Sums], names: Sequence[str], world: World) -> Tensor:
+    """Sums over the records of all ranks. Only the last stage measures, others may add."""
     zero = torch.zeros((), dtype=torch.float64, device=world.device)
     totals = torch.stack([sum((r[name].double() for r in records if name in r), zero) for name in names])
     dist.all_reduce(totals, group=world.groups.dp_cp)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from mbfn.config.parallel import ParallelConfig, RankCoordinates, coordinates
 from mbfn.errors import LaunchError
+from mbfn.megatron.determinism import determinism
 from mbfn.megatron.device import DeviceKind, cuda_environment, resolve_device, runtime
 from mbfn.megatron.groups import group_ranks, open_groups
 from mbfn.megatron.precision import agreeing_scales
@@ -44,11 +45,13 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(parallel: ParallelConfig, *, device: DeviceKind = "auto", timeout_s: float = 1800) -> Iterator[World]:
+def open_world(
+    parallel: ParallelConfig, *, device: DeviceKind = "auto", timeout_s: float = 1800, deterministic: bool = False
+) -> Iterator[World]:
     """Join the ranks that a launcher started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or be the only one.
 
     Megatron calls belong inside the `with`, in the thread that entered it. Closing ends the process groups, so several
-    worlds can follow one another in a process.
+    worlds can follow one another in a process. With `deterministic`, the same calls give the same bits.
 
     Raises: LaunchError when the launcher's number of ranks is not that of the layout.
     """
@@ -62,7 +65,7 @@ def open_world(parallel: ParallelConfig, *, device: DeviceKind = "auto", timeout
     if where.type == "cuda":
         os.environ.update(cuda_environment(parallel, os.environ))
     timeout = timedelta(seconds=timeout_s)
-    with runtime(where), _default_group(rank, size, where, timeout):
+    with determinism(deterministic), runtime(where), _default_group(rank, size, where, timeout):
         world = make_world(parallel, rank=rank, device=where, timeout=timeout)
         with agreeing_scales(world.groups):
             yield world

@@ -69,4 +69,5 @@ def _generate(parallel: ParallelConfig, model: ModelConfig, weights: Mapping[str
         own = to_megatron(weights, model, parallel=parallel, rank=world.rank)
         chunks = megatron.build_model(run_config(model, parallel), world, own)
         greedy = megatron.generate(world, chunks, [5, 6, 7], new_tokens=6)
-        return greedy, megatron.generate(world, chunks, [5, 6, 7], new_tokens=6, temperature=3.0)
+        drawn = megatron.Sampling(temperature=3.0)
+        return greedy, megatron.generate(world, chunks, [5, 6, 7], new_tokens=6, sampling=drawn)

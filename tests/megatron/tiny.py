@@ -193,7 +193,8 @@ def train(
     run: RunConfig, weights: Mapping[str, Tensor] | None, *, steps: range, save_to: str = "", load_from: str = ""
 ) -> tuple[list[megatron.StepResult], dict[str, Tensor]]:
     """The results of `steps` on this rank and its weights after them."""
-    with megatron.open_world(run.parallel, device="cpu", timeout_s=60) as world:
+    repeats = run.train.deterministic
+    with megatron.open_world(run.parallel, device="cpu", timeout_s=60, deterministic=repeats) as world:
         models = megatron.build(run, world, _of_rank(run, weights, world.rank))
         if load_from:
             assert megatron.load(load_from, run, world, models) == {"step": steps.start}

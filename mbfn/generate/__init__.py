@@ -1,0 +1,1 @@
+"""`python -m mbfn.generate`: text from a trained model."""
