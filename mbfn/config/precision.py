@@ -75,8 +75,8 @@ def _recipe_problems(precision: PrecisionConfig) -> list[tuple[str, str]]:
     text = f"needs fp8=tensorwise, blockwise or mxfp8, got {recipe}"
     require(fits or not precision.fp8_output_proj, "fp8_output_proj", text, problems)
     require(fits or not precision.fp8_param_gather or recipe == "delayed", "fp8_param_gather", text, problems)
-    text = "weights kept in FP8 need fp32 main_params, exp_avg and exp_avg_sq"
-    require(not (precision.fp8_param_gather and precision.precision_aware), "fp8_param_gather", text, problems)
+    text = f"weights kept in FP8 need main_params=fp32, got {precision.main_params}"
+    require(not precision.fp8_param_gather or precision.main_params == "fp32", "fp8_param_gather", text, problems)
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(precision, name)
         require(count >= 0, name, f"expected at least 0, got {count}", problems)

@@ -91,8 +91,8 @@ def precision_problems(run: RunConfig) -> list[tuple[str, str]]:
     tied = model.share_embeddings_and_output_weights
     text = "needs an output layer of its own, this model's is the embedding; set it to false"
     require(not (precision.fp8_output_proj and tied), "precision.fp8_output_proj", text, problems)
-    text = f"needs parallel.sharding=zero1, got {parallel.sharding}"
-    require(parallel.sharding == "zero1" or not precision.fp8_param_gather, "precision.fp8_param_gather", text, problems)
+    text, cut = f"needs parallel.sharding=zero1, got {parallel.sharding}", parallel.sharding == "zero1"
+    require(cut or not precision.fp8_param_gather, "precision.fp8_param_gather", text, problems)
     text = f"is of SwiGLU, this model has {model.activation}; set it to false"
     swiglu = model.activation == "swiglu" or not precision.activation_func_fp8_input_store
     require(swiglu, "precision.activation_func_fp8_input_store", text, problems)

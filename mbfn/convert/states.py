@@ -33,6 +33,9 @@ class PlannedState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return gather(self._plans[name], self._source)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._plans  # without reading it, as a Mapping else would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._plans)
 

@@ -105,6 +105,9 @@ def agreeing_scales(groups: ProcessGroupCollection) -> Iterator[None]:
     )
     with attributes(fp8_utils, {"parallel_state": found}):
         yield
+    engine = sys.modules.get("transformer_engine.pytorch.quantization")
+    if engine is not None:  # which keeps the scales of models that are gone
+        engine.FP8GlobalStateManager.reset()
 
 
 def set_weight(target: Tensor, value: Tensor) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from mbfn.megatron.precision import set_weight
 from mbfn.megatron.settings import choose_impl
 from mbfn.megatron.world import World
 
+_READERS = 4
+
 
 def chunk_tensors(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Every weight of a rank by its name in `mbfn.to_megatron`: with several chunks, the chunk leads the name."""
@@ -33,7 +37,7 @@ def chunk_tensors(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def load_weights(chunks: Sequence[nn.Module], weights: Mapping[str, Tensor]) -> None:
-    """Set every weight of a rank, one tensor in memory at a time.
+    """Set every weight of a rank, a few tensors in memory at a time.
 
     Raises: ConversionError naming a weight that is missing, left over or of another shape.
     """
@@ -42,11 +46,25 @@ def load_weights(chunks: Sequence[nn.Module], weights: Mapping[str, Tensor]) -> 
         found = "the model has it, the given weights do not" if name in targets else "the model has no such weight"
         raise ConversionError(f"{name}: {found}; convert with the model and layout of this run")
     with torch.no_grad():
-        for name, target in targets.items():
-            value = weights[name]
+        for name, value in _read_ahead(weights, targets):
+            target = targets[name]
             if value.shape != target.shape:
                 raise ConversionError(f"{name}: expected shape {tuple(target.shape)}, found {tuple(value.shape)}")
             set_weight(target, value)
+
+
+def _read_ahead(weights: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in this order, read by threads ahead of their use: files and copies do not hold Python's lock."""
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name in names:
+            waiting.append((name, pool.submit(weights.__getitem__, name)))
+            if len(waiting) > _READERS:
+                first, read = waiting.popleft()
+                yield first, read.result()
+        while waiting:
+            first, read = waiting.popleft()
+            yield first, read.result()
 
 
 class RandomWeights(Mapping[str, Tensor]):
@@ -73,6 +91,9 @@ class RandomWeights(Mapping[str, Tensor]):
         """Shape and dtype of a tensor, without making it."""
         return torch.empty(self._shapes[name], device="meta")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # without making it, as a Mapping else would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
@@ -94,15 +115,18 @@ class DeviceWeights(Mapping[str, Tensor]):
     """Random weights of one rank, made where they are used. For measurements alone: another layout has others."""
 
     def __init__(self, planned: PlannedState, device: torch.device, *, std: float, seed: int) -> None:
-        self._planned, self._device, self._std = planned, device, std
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._planned, self._device, self._std, self._seed = planned, device, std, seed
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._planned.meta(name).shape
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self._device)
         made = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
-        return made.normal_(0.0, self._std, generator=self._generator)
+        generator = torch.Generator(self._device).manual_seed(stream_of(self._seed, name))
+        return made.normal_(0.0, self._std, generator=generator)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._planned  # without making it, as a Mapping else would
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._planned)

@@ -41,6 +41,9 @@ class FreshAdapters(Mapping[str, Tensor]):
         """Shape and dtype of a tensor, without making it."""
         return torch.empty(self._shapes[name], device="meta")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # without making it, as a Mapping else would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
@@ -56,6 +59,9 @@ class Joined(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._first[name] if name in self._first else self._second[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._first or name in self._second
 
     def __iter__(self) -> Iterator[str]:
         yield from self._first

@@ -18,10 +18,11 @@ RESOLVED = "resolved.json"
 def tell_choices(
     run: RunConfig, world: World, models: Models, output_dir: Path, console: Console
 ) -> tuple[Choice, ...]:
-    """Print the choices, and leave them with their reasons in the output directory."""
+    """Leave the choices with their reasons in the output directory; print them where there was something to choose."""
     found = choices(run, world, models)
     if world.rank == 0:
         written = {choice.name: {"value": choice.value, "reason": choice.reason} for choice in found}
         write_text(output_dir / RESOLVED, json.dumps(written, indent=2) + "\n")
-    console.print(opening(found), highlight=False, soft_wrap=True)
+    if run.bench or world.device.type == "cuda":
+        console.print(opening(found), highlight=False, soft_wrap=True)
     return found

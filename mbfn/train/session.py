@@ -37,6 +37,7 @@ from mbfn.train.progress import summary
 from mbfn.train.provenance import checkpoint_facts, write_provenance
 from mbfn.train.pulse import Pulse
 from mbfn.train.record import read_records
+from mbfn.train.resolved import tell_choices
 from mbfn.train.sample import LARGEST, sample
 from mbfn.train.saving import Checkpoints, clear_leftovers
 from mbfn.train.state import Metrics, TrainState
@@ -147,6 +148,7 @@ def _start(session: Session, resume: Path | None) -> TrainState:
     run, world = session.run, session.world
     models = build_models(run, world, resumed=resume is not None)
     session.console.print(_opening(session, models, resume), highlight=False, soft_wrap=True)
+    tell_choices(run, world, models, session.output_dir, session.console)
     if run.init.hf is not None and run.optim.lr >= _FROM_SCRATCH:
         session.console.print(
             f"optim.lr={run.optim.lr:g} is a rate for random weights; optim=adamw_finetune has one for trained weights"

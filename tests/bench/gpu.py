@@ -1,10 +1,12 @@
 """mbfn beside a hand-written Megatron-core script with the same settings, in one call on the same GPUs.
 
-    python tests/bench/gpu.py out=DIR [rows=8b_bf16,1b_bf16] [sides=mbfn,plain] [limit=480] [extra="KEY=VALUE" tag=x]
+    python tests/bench/gpu.py out=DIR [rows=8b_bf16,1b_bf16] [sides=mbfn,plain] [limit=480] [steps=4]
+        [extra="KEY=VALUE" tag=x]
 
-`rows` defaults to all that this machine has GPUs for. Both sides' lines go to DIR/bench.jsonl, the output of those that
-fail to DIR/failures.log; a table with the ratios of step times follows. `extra` adds overrides to mbfn's side, whose
-rows `tag` then marks. No row starts after `limit` seconds, and none outlives them by more than a minute.
+`rows` defaults to all that this machine has GPUs for. `8b_tensorwise+dpa+head` is a row with changes of mbfn's side,
+and has no other. Both sides' lines go to DIR/bench.jsonl, the output of those that fail to DIR/failures.log; a table
+with the ratios of step times follows. `extra` adds overrides to mbfn's side, whose rows `tag` then marks. No row starts
+after `limit` seconds, and none outlives them by more than a minute.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Row:
     plain: tuple[str, ...]
     warmup: int = 2
     steps: int = 6
+    alone: bool = False  # nothing to hold it against
 
 
 def _row(name: str, shape: tuple[str, int, int, int], *mbfn: str, gpus: int = 1, plain: Sequence[str] = ()) -> Row:
@@ -82,6 +85,34 @@ ROWS = (
     _row("8b_tp2dp2_bf16", _8B4, "parallel=tp2dp2", *_OVERLAP, gpus=4, plain=["tp=2", "overlap=true"]),
     _row("8b_tp4_bf16", _8B4, "parallel=tp4", gpus=4, plain=["tp=4"]),
 )
+
+
+# What a row may have more of, by the name that stands behind a +.
+CHANGES = {
+    "dpa": ("precision.fp8_attention=dot_product",),
+    "mha": ("precision.fp8_attention=multi_head",),
+    "head": ("precision.fp8_output_proj=true",),
+    "weights": ("precision.fp8_param_gather=true",),
+    "store": ("precision.activation_func_fp8_input_store=true",),
+    "ends": ("precision.num_layers_at_start_in_bf16=1", "precision.num_layers_at_end_in_bf16=1"),
+    "qkv": ("fusion.fused_single_qkv_rope=true",),
+    "router": ("fusion.moe_router_fusion=true",),
+    "graphs": ("train.cuda_graph_impl=local",),
+    "norms": ("train.recompute=selective", "train.recompute_modules=[layernorm]"),
+    "mlp": ("train.recompute=selective", "train.recompute_modules=[mlp]"),
+    "micro2": ("train.micro_batch_size=2",),
+    "micro4": ("train.micro_batch_size=4",),
+    "lora": ("peft=lora",),
+    "packed": ("benchmark.packed_samples=8",),
+}
+
+
+def row_of(name: str) -> Row:
+    """The row of this name, with the changes that it names."""
+    known = {row.name: row for row in ROWS}
+    base, *changes = name.split("+")
+    more = [override for change in changes for override in CHANGES[change]]
+    return replace(known[base], name=name, mbfn=(*known[base].mbfn, *more), alone=bool(changes))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +169,7 @@ def finish(done: Running, out: Path) -> None:
     made = _SCRATCH / done.row.name / "bench.jsonl"
     if done.side == "mbfn" and made.exists():
         record = {"name": done.row.name} | json.loads(made.read_text().splitlines()[-1])
+        record["commit"] = record["commit"] or _revision()
         with (out / "bench.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
     print(f"{done.row.name} {done.side}: exit {done.process.returncode} after {took:.0f} s", flush=True)
@@ -145,6 +177,12 @@ def finish(done: Running, out: Path) -> None:
         print("\n".join(text.splitlines()[-12:])[-3000:], flush=True)
         with (out / "failures.log").open("a") as file:
             file.write(f"==== {done.row.name} {done.side}\n{text[-20000:]}\n")
+
+
+def _revision() -> str | None:
+    """What an archive of the repository says that it is of."""
+    named = ROOT / "REVISION"
+    return named.read_text().strip() if named.exists() else None
 
 
 def _log(row: Row, side: str) -> Path:
@@ -198,8 +236,10 @@ def main() -> None:
     gpus, sides = len(shown.splitlines()), given.get("sides", "mbfn,plain").split(",")
     names = given.get("rows", "").split(",") if given.get("rows") else [row.name for row in ROWS if row.gpus == gpus]
     tag = given.get("tag", "")
-    found = {row.name: replace(row, name=row.name + tag) for row in ROWS}
-    work = [(found[name], side) for name in names for side in sides]
+    found = [row_of(name) for name in names]
+    if given.get("steps"):
+        found = [replace(row, steps=int(given["steps"])) for row in found]
+    work = [(replace(row, name=row.name + tag), side) for row in found for side in sides[: 1 if row.alone else None]]
     run_all(work, out, float(given.get("limit", 480)), given.get("extra", "").split())
     path = out / "bench.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
