@@ -20,7 +20,7 @@ from mbfn.megatron.staging import Staged, host_buffer, stage
 from mbfn.megatron.world import World
 from mbfn.storage.atomic import FULL, atomic_directory
 from mbfn.storage.dist_metadata import BACKEND, COMMON
-from mbfn.storage.shares import DIGESTS, Share, describe_shares, write_share
+from mbfn.storage.shares import DIGESTS, SUM, Share, describe_shares, record_sum, write_share
 from mbfn.storage.torch_dist_write import Chunk, saved
 
 
@@ -163,6 +163,7 @@ def _lead(store: dist.Store, order: Order) -> str:
             if failed:
                 raise CheckpointError(f"{order.target}: cannot write: {failed[0]}; nothing was left there")
             manifest[DIGESTS] = describe_shares(draft, [word for word in words if not isinstance(word, str)])
+            manifest[SUM] = record_sum(manifest, manifest)
         order.then()
         error = ""
     except Exception as fault:  # the other ranks wait for the word, whatever it is

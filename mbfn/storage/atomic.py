@@ -23,6 +23,7 @@ from mbfn.errors import CheckpointError
 
 MANIFEST = "mbfn.json"
 FORMAT_VERSION = 1
+HEAD = ("format_version", "kind", "packages", "files")  # what every manifest has; the rest is its writer's
 _PACKAGES = ("mbfn", "torch", "safetensors", "megatron-core")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mbfn.errors import CheckpointError
-from mbfn.storage.atomic import MANIFEST, read_manifest
+from mbfn.storage.atomic import HEAD, MANIFEST, read_manifest
 from mbfn.storage.hf import open_hf
 from mbfn.storage.parts import crc_of
-from mbfn.storage.shares import DIGESTS
+from mbfn.storage.shares import DIGESTS, SUM, record_sum
 from mbfn.storage.streams import run_all
 from mbfn.storage.torch_dist import open_torch_dist
 
@@ -42,11 +43,19 @@ def file_jobs(path: str | os.PathLike[str]) -> list[Callable[[], str]]:
     Files where the manifest has their digests, else the tensors of `check_digests`.
     """
     root = Path(path)
-    noted = read_manifest(root).get(DIGESTS)
+    manifest = read_manifest(root)
+    noted = manifest.get(DIGESTS)
     if isinstance(noted, dict) and (root / "metadata.json").exists():
-        return [partial(_file_fault, root / name, crc) for name, crc in sorted(noted.items())]
+        files: list[Callable[[], str]] = [partial(_file_fault, root / name, crc) for name, crc in sorted(noted.items())]
+        return [*files, partial(_record_fault, root / MANIFEST, manifest)]
     parts = _checkpoint_parts(root) if (root / "metadata.json").exists() else _export_parts(root)
     return [partial(_part_fault, part) for part in parts]
+
+
+def _record_fault(file: Path, manifest: Mapping[str, Any]) -> str:
+    names = manifest.keys() - {*HEAD, SUM}
+    changed = manifest.get(SUM) != record_sum(manifest, names)
+    return f"{file}: changed since it was written; copy it again" if changed else ""
 
 
 def _file_fault(file: Path, crc: int) -> str:

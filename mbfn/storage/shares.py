@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from mbfn.storage.torch_dist_write import Chunk
 from mbfn.storage.zips import tensor_archive
 
 DIGESTS = "crc32"  # of mbfn.json: the CRC-32 of each file
+SUM = "record_crc32"  # of mbfn.json: the CRC-32 of what else the saving program wrote there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,12 @@ def describe_shares(directory: Path, shares: Sequence[Share]) -> dict[str, int]:
         (directory / name).write_bytes(text)
     digests = {name: crc for share in shares for name, crc in share.digests.items()}
     return digests | {name: zlib.crc32(text) for name, text in texts.items()}
+
+
+def record_sum(manifest: Mapping[str, Any], names: Iterable[str]) -> int:
+    """The CRC-32 of the values of a manifest that have these names."""
+    text = json.dumps({name: manifest[name] for name in names}, sort_keys=True)
+    return zlib.crc32(text.encode())
 
 
 def _parts(chunks: Sequence[Chunk], blobs: Mapping[str, bytes]) -> list[tuple[Part, tuple[int, ...] | None]]:

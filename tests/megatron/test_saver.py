@@ -60,7 +60,7 @@ def test_a_save_beside_steps_is_of_its_moment(start: Start, tmp_path: Path, layo
     assert max(sizes) < 1.6 * min(sizes)
     manifest = read_manifest(tmp_path / "beside")
     assert manifest["note"] == "here"
-    assert [job() for job in file_jobs(tmp_path / "beside")] == [""] * (size + 2)
+    assert [job() for job in file_jobs(tmp_path / "beside")] == [""] * (size + 3)
 
 
 def test_a_flipped_bit_anywhere_is_named(start: Start, tmp_path: Path) -> None:
@@ -76,6 +76,12 @@ def test_a_flipped_bit_anywhere_is_named(start: Start, tmp_path: Path) -> None:
             faults = [fault for job in file_jobs(tmp_path / "c") if (fault := job())]
             assert faults == [f"{file}: bytes changed since it was written; copy it again"]
         file.write_bytes(whole)
+    manifest = tmp_path / "c" / "mbfn.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"hidden_size": 48', '"hidden_size": 49'))
+    said = [job() for job in file_jobs(tmp_path / "c")]
+    assert [fault for fault in said if fault] == [f"{manifest}: changed since it was written; copy it again"]
+    manifest.write_text(text)
     assert not any(job() for job in file_jobs(tmp_path / "c"))
 
 
