@@ -5,7 +5,7 @@ from __future__ import annotations
 from mbfn.config.model import padded_vocab_size
 from mbfn.config.run import RunConfig
 from mbfn.plan.comm import traffic
-from mbfn.plan.flops import step_tokens, token_flops
+from mbfn.plan.flops import run_flops, step_tokens
 from mbfn.plan.memory import COMPONENTS, GIB, stage_memory
 from mbfn.plan.schedule import bubble
 
@@ -16,7 +16,7 @@ def facts(run: RunConfig) -> dict[str, Fact]:
     """Derived figures by name; memory is that of the fullest rank."""
     stages = stage_memory(run)
     fullest = max(stages, key=lambda stage: stage.peak)
-    flops = token_flops(run.model, run.train.seq_length)
+    flops = run_flops(run)
     return {
         "world_size": run.parallel.world_size,
         "data_parallel_size": run.parallel.data_parallel_size,
@@ -25,6 +25,7 @@ def facts(run: RunConfig) -> dict[str, Fact]:
         "tokens": step_tokens(run) * run.train.steps,
         "padded_vocab_size": padded_vocab_size(run.model, run.parallel),
         "parameters": run.model.num_parameters,
+        "trainable_parameters": run.trainable_parameters,
         "parameters_per_rank": max(stage.parameters for stage in stages),
         **{f"{name}_gib": round(getattr(fullest, name) / GIB, 2) for name in COMPONENTS},
         "peak_gib": round(fullest.peak / GIB, 2),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mbfn.config.adapters import adapters_of
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.run import RunConfig
@@ -51,6 +52,27 @@ def token_flops(model: ModelConfig, seq_length: int) -> Flops:
         output=6.0 * output_weights(model, 1) * (1 + model.mtp_num_layers),
         attention=sum(layer.attention for layer in layers),
         attention_full=sum(layer.attention_full for layer in layers),
+    )
+
+
+def run_flops(run: RunConfig) -> Flops:
+    """The operations that a token costs this run: weights that are frozen have no gradient of their own."""
+    whole = token_flops(run.model, run.train.seq_length)
+    if run.peft.kind == "none":
+        return whole
+    moe, layers, experts = run.model.moe, 0.0, 0.0
+    for adapter in adapters_of(run.model, run.peft):
+        if adapter.linear.experts and moe is not None:
+            experts += 6.0 * adapter.parameters * moe.moe_router_topk / moe.num_moe_experts
+        else:
+            layers += 6.0 * adapter.parameters
+    frozen = 2 / 3
+    return Flops(
+        layers=frozen * whole.layers + layers,
+        experts=frozen * whole.experts + experts,
+        output=frozen * whole.output,
+        attention=whole.attention,
+        attention_full=whole.attention_full,
     )
 
 

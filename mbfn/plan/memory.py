@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mbfn.config.run import RunConfig
 from mbfn.plan.activations import BYTES, Kernels, Saved, layer_saved, output_saved
+from mbfn.plan.adapters import added, trained
 from mbfn.plan.schedule import in_flight
 from mbfn.plan.weights import StageWeights, is_sparse, layer_weights, stage_weights
 
@@ -61,11 +62,11 @@ def optimizer_bytes(run: RunConfig) -> int:
 
 def owned(run: RunConfig, weights: StageWeights) -> float:
     """Parameters whose optimizer state a rank keeps."""
-    held = weights.held
+    own = trained(run, weights)
     if run.parallel.sharding == "none":
-        return held.parameters
+        return own.parameters
     ranks = run.parallel.data_parallel_size * run.parallel.cp
-    return (held.parameters - held.expert_parameters) / ranks + held.expert_parameters / expert_replicas(run)
+    return (own.parameters - own.expert_parameters) / ranks + own.expert_parameters / expert_replicas(run)
 
 
 def expert_replicas(run: RunConfig) -> int:
@@ -83,14 +84,15 @@ def _stage(
         for chunk, count in zip(weights.chunks, held, strict=True)
     )
     activations += weights.mtp * kinds[bool(run.model.moe)].kept
+    adapters = added(run, weights).parameters
     kept_in_fp8 = weights.held.matrices if run.precision.fp8_param_gather else 0  # and in no other format
     return StageMemory(
-        parameters=weights.held.parameters,
+        parameters=weights.held.parameters + adapters,
         layers=weights.num_layers,
         in_flight=sum(held),
-        weights=(weights.held.parameters - kept_in_fp8) * BYTES[run.precision.params],
+        weights=(weights.held.parameters + adapters - kept_in_fp8) * BYTES[run.precision.params],
         fp8_weights=2 * weights.held.matrices if run.precision.quantized else 0,  # by rows and by columns
-        gradients=weights.held.parameters * BYTES[run.precision.grads],
+        gradients=trained(run, weights).parameters * BYTES[run.precision.grads],
         optimizer=owned(run, weights) * optimizer_bytes(run),
         activations=activations,
         temporary=max(_backward(run, weights, kinds, kernels), _update(run, weights) - activations),
@@ -103,7 +105,7 @@ def _backward(run: RunConfig, weights: StageWeights, kinds: Mapping[bool, Saved]
     transient = max((kinds[is_sparse(run.model, layer)].transient for layer in layers), default=0.0)
     if weights.output:
         transient = max(transient, output_saved(run, kernels).transient)
-    if not kernels.gradient_accumulation_fusion:
+    if not kernels.gradient_accumulation_fusion or run.peft.kind != "none":
         return transient + WORKSPACE
     # Linears that add to the gradient buffer themselves still return a tensor of each shape to autograd.
     shapes = max((_shapes(run, layer) for layer in layers), default=0.0)

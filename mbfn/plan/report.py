@@ -14,7 +14,7 @@ from mbfn.config.run import RunConfig
 from mbfn.plan.comm import bandwidth, traffic
 from mbfn.plan.devices import SHARES, Device
 from mbfn.plan.facts import facts
-from mbfn.plan.flops import step_tokens, token_flops
+from mbfn.plan.flops import run_flops, step_tokens
 from mbfn.plan.memory import COMPONENTS, GIB, stage_memory
 from mbfn.plan.schedule import bubble
 from mbfn.plan.search import Candidate
@@ -86,6 +86,8 @@ def _run(run: RunConfig) -> RenderableType:
     sizes = " ".join(f"{name}={getattr(parallel, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp"))
     table = _plain("run")
     table.add_row("model", f"{run.model.num_parameters:,} parameters, {run.model.num_layers} layers")
+    if run.peft.kind != "none":
+        table.add_row("adapters", f"{run.trainable_parameters:,} parameters train, those of the model are frozen")
     table.add_row("ranks", f"{parallel.world_size}: {sizes}")
     table.add_row(
         "step",
@@ -117,7 +119,7 @@ def _memory(run: RunConfig, device: Device) -> RenderableType:
 
 
 def _flops(run: RunConfig) -> RenderableType:
-    flops, tokens = token_flops(run.model, run.train.seq_length), step_tokens(run)
+    flops, tokens = run_flops(run), step_tokens(run)
     table = Table(title="floating-point operations", title_justify="left")
     for column in ("attention counted", "GFLOP a token", "PFLOP a step", "who counts so"):
         table.add_column(column, justify="right" if "FLOP" in column else "left")
@@ -149,7 +151,7 @@ def _traffic(run: RunConfig, device: Device) -> RenderableType:
 
 
 def _time(run: RunConfig, device: Device, speed: Speed, tokens: float) -> RenderableType:
-    world, flops = run.parallel.world_size, token_flops(run.model, run.train.seq_length)
+    world, flops = run.parallel.world_size, run_flops(run)
     slowest = max(speed.stages, key=lambda parts: parts.total)
     parts = ", ".join(
         f"{f.name} {_duration(getattr(slowest, f.name))}" for f in fields(Parts) if getattr(slowest, f.name)

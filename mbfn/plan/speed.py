@@ -12,7 +12,7 @@ from mbfn.config.run import RunConfig
 from mbfn.plan.activations import BYTES, Kernels, layer_input, layer_saved, logits
 from mbfn.plan.comm import Traffic, bandwidth, traffic
 from mbfn.plan.devices import SHARES, Device
-from mbfn.plan.flops import Flops, layer_flops, step_tokens, token_flops
+from mbfn.plan.flops import Flops, layer_flops, run_flops, step_tokens
 from mbfn.plan.memory import optimizer_bytes, owned
 from mbfn.plan.weights import StageWeights, is_sparse, stage_weights
 
@@ -66,7 +66,7 @@ def estimate(run: RunConfig, device: Device) -> Speed:
     pipeline = run.num_microbatches * slowest + waiting
     exposed, update = _data_parallel(run, device, moved, slowest), _update(run, device)
     step = pipeline + exposed + update
-    flops = token_flops(run.model, run.train.seq_length).causal * step_tokens(run)
+    flops = run_flops(run).causal * step_tokens(run)
     return Speed(
         stages=stages,
         pipeline=pipeline,
@@ -138,11 +138,12 @@ def _layer(run: RunConfig, device: Device, flops: Flops, kept: float) -> Parts:
     """One decoder layer of these operations a token, which keeps that many bytes in bf16."""
     tokens = run.train.micro_batch_size * run.train.seq_length / (run.parallel.tp * run.parallel.cp)
     again = 1 if run.train.recompute == "full" else 0
+    frozen = run.peft.kind != "none"  # and so without gradients of weights
     fp8 = run.precision.quantized
     bf16 = _bf16_rate(run, device)
     rate = peak_rate(run, device) * SHARES.gemm[run.precision.fp8] if fp8 else bf16 * SHARES.gemm["none"]
     narrow = run.model.kv_channels < 128
-    products = (flops.layers + flops.experts / SHARES.grouped) * tokens * (3 + again) / 3
+    products = (flops.layers + flops.experts / SHARES.grouped) * tokens * (3 - frozen + again) / 3
     passes = (SHARES.passes_fp8 if fp8 else SHARES.passes) * (3 + again) / 3
     return Parts(
         gemm=products / rate,
@@ -158,7 +159,7 @@ def _layer(run: RunConfig, device: Device, flops: Flops, kept: float) -> Parts:
 def _output_gemm(run: RunConfig, device: Device) -> float:
     """The output layer stays in the parameters' format."""
     tokens = run.train.micro_batch_size * run.train.seq_length / (run.parallel.tp * run.parallel.cp)
-    flops = token_flops(run.model, run.train.seq_length).output * tokens
+    flops = run_flops(run).output * tokens
     return flops / (_bf16_rate(run, device) * SHARES.gemm["none"])
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mbfn.megatron import World
 from mbfn.megatron.resolved import Choice
-from mbfn.plan.flops import step_tokens, token_flops
+from mbfn.plan.flops import run_flops, step_tokens
 from mbfn.train.job import Job
 from mbfn.train.provenance import git_revision, versions
 from mbfn.train.timesplit import TimeSplit
@@ -76,7 +76,7 @@ def report(job: Job, world: World, figures: Figures) -> Report:
 
 def _speed(job: Job, world: World, figures: Figures) -> dict[str, Any]:
     run, step = job.run, statistics.median(figures.steps_ms)
-    flops = token_flops(run.model, run.train.seq_length)
+    flops = run_flops(run)
     rate = step_tokens(run) / step * 1000
     causal, full = (rate * each / world.world_size / 1e12 for each in (flops.causal, flops.full))
     return {

@@ -10,7 +10,7 @@ import torch
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron import World
-from mbfn.plan.flops import step_tokens, token_flops
+from mbfn.plan.flops import run_flops, step_tokens
 from mbfn.train.state import Metrics
 
 _GIB = 2.0**30
@@ -20,11 +20,11 @@ def make_meter(run: RunConfig, world: World) -> Callable[[Metrics], Metrics]:
     """Add tokens a second, TFLOP/s a GPU and peak memory to the metrics of a step that has its times.
 
     TFLOP/s: what the model's forward and backward passes cost for `global_batch_size * seq_length` tokens by
-    `mbfn.plan.flops.token_flops` with causal attention, as Megatron counts, over the time of the update and its data,
+    `mbfn.plan.flops.run_flops` with causal attention, as Megatron counts, over the time of the update and its data,
     over the ranks. Recomputed activations do not count, nor do evaluations; padding does.
     """
     tokens = step_tokens(run)
-    share = token_flops(run.model, run.train.seq_length).causal * tokens / world.world_size / 1e12
+    share = run_flops(run).causal * tokens / world.world_size / 1e12
     interval = run.log.interval
 
     def meter(metrics: Metrics) -> Metrics:

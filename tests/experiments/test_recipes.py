@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -58,7 +59,37 @@ PUBLISHED = {
     "qwen3_32b_pretrain": (16, 8, 2, 1, 4096, 32, 2),
 }
 
+# name: ranks, tp, pp, ep, sequence length, global batch size; micro-batches of one (Megatron Bridge, H100)
+TUNED = {
+    "llama32_1b_sft": (1, 1, 1, 1, 4096, 8),
+    "llama32_1b_lora": (1, 1, 1, 1, 4096, 8),
+    "llama31_8b_sft": (2, 2, 1, 1, 4096, 8),
+    "llama31_8b_lora": (1, 1, 1, 1, 4096, 8),
+    "llama31_70b_sft": (32, 8, 4, 1, 4096, 8),
+    "llama31_70b_lora": (8, 8, 1, 1, 4096, 8),
+    "qwen25_7b_sft": (2, 2, 1, 1, 2048, 128),
+    "qwen25_7b_lora": (1, 1, 1, 1, 2048, 128),
+    "qwen3_8b_sft": (4, 4, 1, 1, 2048, 32),
+    "qwen3_8b_lora": (1, 1, 1, 1, 2048, 32),
+    "qwen3_32b_sft": (16, 8, 2, 1, 2048, 8),
+    "qwen3_32b_lora": (1, 1, 1, 1, 2048, 8),
+    "qwen3_30b_a3b_sft": (8, 4, 2, 4, 2048, 32),
+    "qwen3_30b_a3b_lora": (4, 4, 1, 4, 2048, 32),
+    "qwen3_235b_a22b_sft": (64, 4, 16, 4, 2048, 32),
+    "qwen3_235b_a22b_lora": (16, 4, 4, 4, 2048, 32),
+    "gemma3_1b_sft": (1, 1, 1, 1, 4096, 32),
+    "gemma3_1b_lora": (1, 1, 1, 1, 4096, 32),
+    "gemma2_9b_sft": (4, 4, 1, 1, 2048, 128),
+    "gemma2_9b_lora": (1, 1, 1, 1, 2048, 128),
+    "gpt_oss_20b_sft": (8, 1, 1, 8, 2048, 128),
+    "gpt_oss_20b_lora": (1, 1, 1, 1, 2048, 128),
+    "glm45_air_lora": (8, 1, 2, 4, 2048, 128),
+    "olmoe_1b_7b_sft": (8, 1, 1, 8, 4096, 128),
+    "olmoe_1b_7b_lora": (1, 1, 1, 1, 4096, 128),
+}
 
+
+@functools.cache
 def compose(name: str) -> RunConfig:
     return mbfn.compose(f"+experiment={name}")
 
@@ -96,6 +127,17 @@ def test_layout_and_batch_are_the_published_ones(name: str) -> None:
     assert (train.seq_length, train.global_batch_size, train.micro_batch_size) == (seq_length, batch, micro)
     assert parallel.world_size % ranks == 0
     assert parallel.world_size == ranks or "replicas" in header(experiments_dir() / f"{name}.yaml")[0]
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_fine_tuning_has_the_published_layout_and_batch(name: str) -> None:
+    run = compose(name)
+    parallel, train = run.parallel, run.train
+    found = parallel.world_size, parallel.tp, parallel.pp, parallel.ep, train.seq_length, train.global_batch_size
+    assert found == TUNED[name]
+    assert (train.micro_batch_size, parallel.cp, train.steps) == (1, 1, 1000)
+    assert run.peft.kind == ("lora" if name.endswith("_lora") else "none")
+    assert run.optim.lr == (1e-4 if name.endswith("_lora") else 5e-6)
 
 
 @pytest.mark.parametrize("name", RECIPES)
