@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron.adapt import Adaptation
+from mbfn.megatron.fsdp import whole
+from mbfn.megatron.kernels import open_buffers
 from mbfn.megatron.model import LanguageModel, build_chunks
 from mbfn.megatron.optimizer import Models, gathered, wrap
 from mbfn.megatron.precision import in_full, on_device
@@ -27,6 +29,8 @@ def build(
     Raises: ConversionError for weights that are not exactly the model's.
     """
     run = on_device(run, world.device)
+    if run.parallel.tp_comm_overlap:
+        open_buffers(run)
     chunks = build_model(run, world, weights, adaptation)
     return wrap(run, world, chunks, chunks[0].config, impl=choose_impl(world.device))
 
@@ -59,4 +63,4 @@ def state_dict(models: Models) -> dict[str, Tensor]:
     Those kept in FP8 come in bf16.
     """
     with gathered(models):
-        return {name: in_full(value.detach()) for name, value in chunk_tensors(models.chunks).items()}
+        return {name: in_full(whole(value.detach())) for name, value in chunk_tensors(models.chunks).items()}

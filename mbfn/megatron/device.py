@@ -103,6 +103,8 @@ class _CudaToCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.device and args and str(args[0]).startswith("cuda"):
+            return CPU
         if kwargs:
             kwargs = dict(kwargs)
             if _is_cuda(kwargs.get("device")):

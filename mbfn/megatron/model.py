@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from mbfn.config.model import ModelConfig, padded_vocab_size
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
 from mbfn.megatron.adapt import Adapt
+from mbfn.megatron.kernels import hierarchical_groups
 from mbfn.megatron.mtp import FurtherTokens, mtp_spec
 from mbfn.megatron.precision import output_layer
 from mbfn.megatron.rotary import inverse_frequencies
@@ -96,10 +98,11 @@ def build_chunks(
     """This rank's model chunks, their weights not set yet."""
     stage = groups.pp.rank()
     layers = pipeline_layers(model.num_layers, parallel)[stage]
-    return tuple(
-        _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, layers=held, adapt=adapt)
-        for chunk, held in enumerate(layers)
-    )
+    with hierarchical_groups(groups) if impl == "te" else contextlib.nullcontext():
+        return tuple(
+            _build_chunk(model, parallel, config, groups, impl=impl, stage=stage, chunk=chunk, layers=held, adapt=adapt)
+            for chunk, held in enumerate(layers)
+        )
 
 
 def _build_chunk(

@@ -88,6 +88,8 @@ class Experts(MoELayer):
             self.token_dispatcher = GlooAllToAll(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
             )
+            if self.use_shared_expert and self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
 
 
 class GlooAllToAll(MoEAlltoAllTokenDispatcher):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
@@ -12,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mbfn.config.run import RunConfig
+from mbfn.megatron.fsdp import FullyShardedDataParallel, megatron_fsdp
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.optimizer_state import prime
 from mbfn.megatron.optimizers import make_optimizer
@@ -36,16 +38,17 @@ def wrap(
     """Gradient buffers and optimizer for `chunks`, whose weights are set. Collective."""
     reduce = ddp_config(run)
     half = config.bf16 or config.fp16
-    ddp = tuple(
-        DistributedDataParallel(
-            config,
-            reduce,
-            Float16Module(config, chunk) if half else chunk,
-            disable_bucketing=number > 0,
-            pg_collection=world.groups,
+    bodies = [Float16Module(config, chunk) if half else chunk for chunk in chunks]
+    ddp: tuple[Any, ...]
+    if run.parallel.sharding == "fsdp2":
+        ddp = tuple(FullyShardedDataParallel(config, reduce, body, world.groups.dp_cp) for body in bodies)
+    elif run.parallel.sharding == "megatron_fsdp":
+        ddp = tuple(megatron_fsdp(config, reduce, body, world.groups, world.device) for body in bodies)
+    else:
+        ddp = tuple(
+            DistributedDataParallel(config, reduce, body, disable_bucketing=i > 0, pg_collection=world.groups)
+            for i, body in enumerate(bodies)
         )
-        for number, chunk in enumerate(chunks)
-    )
     optimizer = make_optimizer(run, world, chunks, ddp)
     prime(optimizer)
     _hook(config, ddp, optimizer, overlap=run.optim.overlap_grad_reduce, gather=run.optim.overlap_param_gather)
@@ -55,7 +58,9 @@ def wrap(
 @contextlib.contextmanager
 def gathered(models: Models) -> Iterator[None]:
     """Inside, the weights are those of the last step even where their gathering overlaps the next forward pass."""
-    overlapped = [ddp for ddp in models.ddp if ddp.ddp_config.overlap_param_gather]
+    overlapped = [
+        ddp for ddp in models.ddp if isinstance(ddp, DistributedDataParallel) and ddp.ddp_config.overlap_param_gather
+    ]
     for ddp in overlapped:
         ddp.disable_forward_pre_hook(param_sync=True)
     try:

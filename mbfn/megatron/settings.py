@@ -53,7 +53,6 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
     cpu = world.device.type == "cpu"
     _check_kernels(run, impl)
     check_techniques(run, impl)
-    stage = world.coordinates.pp
     return core_config(
         run.model,
         run.parallel,
@@ -62,7 +61,7 @@ def transformer_config(run: RunConfig, world: World) -> TransformerConfig:
         cpu=cpu,
         train=run.train,
         fusion=run.fusion,
-        stage=stage,
+        stage=world.coordinates.pp,
     )
 
 
@@ -132,7 +131,7 @@ def core_config(
         **layout_settings(model, parallel, stage=stage),
         **_window(model),
         **activation_settings(model, fused=not cpu),
-        **_fusions(impl, cpu=cpu),
+        **_fusions(impl, parallel, cpu=cpu),
         **precision_settings(precision),
         **asdict(fusion),
         **technique_settings(train),
@@ -144,9 +143,20 @@ def core_config(
     return config
 
 
+def fsdp_settings(run: RunConfig) -> dict[str, Any]:
+    """Megatron-FSDP that cuts weights, gradients and states, and sums gradients in their own format."""
+    if run.parallel.sharding != "megatron_fsdp":
+        return {}
+    return {
+        "use_megatron_fsdp": True,
+        "data_parallel_sharding_strategy": "optim_grads_params",
+        "megatron_fsdp_main_grads_dtype": DTYPES[run.precision.grads],
+    }
+
+
 def cuts_states(run: RunConfig) -> bool:
     """Whether Megatron's distributed optimizer keeps the states, as it can for AdamW."""
-    return run.parallel.sharding == "zero1" and run.optim.optimizer == "adamw"
+    return run.parallel.sharding in ("zero1", "megatron_fsdp") and run.optim.optimizer == "adamw"
 
 
 def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
@@ -157,6 +167,7 @@ def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
         overlap_grad_reduce=run.optim.overlap_grad_reduce,
         overlap_param_gather=run.optim.overlap_param_gather,
         num_distributed_optimizer_instances=run.parallel.num_distributed_optimizer_instances,
+        **fsdp_settings(run),
         delay_wgrad_compute=run.parallel.delay_wgrad_compute,
         **gather_settings(run.precision),
     )
@@ -189,11 +200,11 @@ def _yarn(model: ModelConfig) -> dict[str, float | None]:
     }
 
 
-def _fusions(impl: Impl, *, cpu: bool) -> dict[str, Any]:
+def _fusions(impl: Impl, parallel: ParallelConfig, *, cpu: bool) -> dict[str, Any]:
     te = impl == "te"
     return {
         "apply_rope_fusion": te,
-        "gradient_accumulation_fusion": te,
+        "gradient_accumulation_fusion": te and parallel.sharding != "fsdp2",  # adds to buffers that it has not
         "cross_entropy_loss_fusion": te,
         "cross_entropy_fusion_impl": "te" if te else "native",
         "bias_activation_fusion": not cpu,

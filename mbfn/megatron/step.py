@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron.device import attributes
+from mbfn.megatron.kernels import known_places
 from mbfn.megatron.losses import Loss, MicroBatch, Sums, Term
 from mbfn.megatron.optimizer import Models, zero_gradients
 from mbfn.megatron.optimizers import loss_scale, set_rates
@@ -123,7 +124,7 @@ def forward_backward(
     own, single = loss.prepare(parts), len(models.ddp) == 1
     records: list[Sums] = []
     hooks = {} if forward_only else _averaging(models.config.grad_scale_func, loss, parts, records, world)
-    with attributes(models.config, hooks):
+    with attributes(models.config, hooks), known_places(world.groups, run.parallel):
         schedule(
             forward_step_func=partial(_forward_step, loss, records),
             data_iterator=iter(own) if single else [iter(batches) for batches in [list(own)] * len(models.ddp)],
