@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mbfn.errors import CheckpointError
-from mbfn.storage import Chunk, check_digests, open_hf, open_torch_dist, save_hf, write_torch_dist
+from mbfn.storage import Chunk, check_digests, file_jobs, open_hf, open_torch_dist, save_hf, write_torch_dist
 
 
 def flip(file: Path, place: int) -> None:
@@ -30,11 +30,16 @@ def test_an_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         check_digests(out)
     assert str(error.value) == f"{meta.file}: a: bytes changed since it was written (1 such); copy it again"
+    assert [job() for job in file_jobs(out)] == [
+        f"{meta.file}: a: bytes changed since it was written; copy it again",
+        "",
+    ]
 
 
 def test_an_export_of_another_tool_notes_nothing(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
     assert check_digests(tmp_path) == 0
+    assert file_jobs(tmp_path) == []
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -50,3 +55,5 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     flip(out / "__0_0.distcp", entry.position)
     with pytest.raises(CheckpointError, match=r"t at \[4, 0\]: bytes changed since it was written \(1 such\)"):
         check_digests(out)
+    faults = [job() for job in file_jobs(out)]
+    assert faults == ["", f"{out / '__0_0.distcp'}: t at [4, 0]: bytes changed since it was written; copy it again"]
