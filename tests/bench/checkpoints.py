@@ -1,6 +1,6 @@
 """What saving costs a run, and how fast a checkpoint is written and read beside plain copies of its files.
 
-    python -m tests.bench.checkpoints [hidden=768] [layers=8] [repeats=3] [dir=/tmp/mbfn-checkpoints]
+    python -m tests.bench.checkpoints [hidden=768] [layers=8] [seq=128] [repeats=3] [dir=/tmp/mbfn-checkpoints]
 
 One rank on this machine's CPU or GPU. Everything is measured in turns within one run, and the ratios are what counts.
 Nothing is asserted.
@@ -35,7 +35,7 @@ def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     root = Path(options.get("dir", "/tmp/mbfn-checkpoints"))
     repeats = int(options.get("repeats", 3))
-    run = make_run(int(options.get("hidden", 768)), int(options.get("layers", 8)))
+    run = make_run(int(options.get("hidden", 768)), int(options.get("layers", 8)), int(options.get("seq", 128)))
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def main() -> None:
     shutil.rmtree(root)
 
 
-def make_run(hidden: int, layers: int) -> RunConfig:
+def make_run(hidden: int, layers: int, length: int) -> RunConfig:
     """A dense model; fp32 on the CPU, bf16 with fp32 states on a GPU."""
     model = ModelConfig(
         family="llama",
@@ -58,7 +58,7 @@ def make_run(hidden: int, layers: int) -> RunConfig:
         vocab_size=16384,
         max_position_embeddings=512,
     )
-    train = TrainConfig(global_batch_size=4, micro_batch_size=1, seq_length=256, steps=1000)
+    train = TrainConfig(global_batch_size=4, micro_batch_size=1, seq_length=length, steps=1000)
     params = "bf16" if torch.cuda.is_available() else "fp32"
     return RunConfig(model=model, train=train, precision=PrecisionConfig(params=params), optim=OptimConfig(lr=1e-4))
 
