@@ -140,7 +140,8 @@ class _Watcher:
 
     def _run(self) -> None:
         pause, before = self._watch.hang_s / _LOOKS, time.monotonic()
-        while not self._over.wait(pause):
+        over = False
+        while not over:  # the first look is at once: a rank that stops now has been seen
             now = time.monotonic()
             self._clock, before = self._clock + min(now - before, 2 * pause), now
             try:
@@ -148,6 +149,7 @@ class _Watcher:
                 self._answered = self._clock
             except RuntimeError:  # of the store
                 self._end_without_store()
+            over = self._over.wait(pause)
         with contextlib.suppress(RuntimeError):
             if self._failed is not None:
                 self._tell(_Verdict(failure=self._failed, by=self._watch.rank, raised=True))
@@ -196,16 +198,16 @@ class _Watcher:
 
     def _silence(self) -> _Verdict | None:
         """The next rank's failure where it has shown no sign of life for too long."""
-        key = f"beat/{(self._watch.rank + 1) % self._watch.world_size}"
-        if self._store is None or not self._store.check([key]):
+        if self._store is None:
             return None
-        text = self._store.get(key)
-        beat = _Beat(**json.loads(text))
+        rank = (self._watch.rank + 1) % self._watch.world_size
+        known = self._store.check([f"beat/{rank}"])
+        text = self._store.get(f"beat/{rank}") if known else b""
+        beat = _Beat(**json.loads(text)) if known else _Beat(count=0, host="", pid=0, step=0, order=0, left=False)
         silent = self._neighbour.still(text, self._clock)
         if silent < self._watch.hang_s or beat.left:
             return None
-        rank = (self._watch.rank + 1) % self._watch.world_size
-        message = f"no sign of life for {silent:.0f} s: its process has stopped, or {beat.host} is gone"
+        message = f"no sign of life for {silent:.0f} s: its process has stopped, or {beat.host or 'its host'} is gone"
         return self._tell(self._verdict(rank, beat, message))
 
     def _own_stall(self) -> _Verdict | None:

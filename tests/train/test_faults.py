@@ -47,7 +47,7 @@ def check_error(err: str, pattern: str) -> None:
 )
 def test_a_rank_that_raises_is_named_with_its_step(root: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     sabotaged(monkeypatch, kind, root / f"{kind}_done")
-    code, _, err = finish(start(root / kind, *LOCAL), timeout=120)
+    code, _, err = finish(start(root / kind, *LOCAL), timeout=300)
     assert code == 1
     phase = "loading data" if kind == "data" else "computing"
     check_error(err, rf"error: rank 1, step \d+ \({phase}\): ValueError: sabotage in {kind}; logs: ")
@@ -61,7 +61,7 @@ def test_a_rank_that_cannot_save_is_named(root: Path) -> None:
     wait_for_step(process, output, 3)
     (output / "checkpoints").mkdir(exist_ok=True)
     (output / "checkpoints" / "step_00000020").write_text("in the way")
-    code, _, err = finish(process, timeout=120)
+    code, _, err = finish(process, timeout=300)
     assert code == 1
     check_error(err, r"error: rank \d, step 2\d \(\w+\): .*step_00000020")
 
@@ -89,7 +89,7 @@ def test_a_stopped_rank_ends_the_run_by_its_name(root: Path, rank: int) -> None:
 def test_a_rank_that_hangs_in_loading_data_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sabotaged(monkeypatch, "hang", root / "hang_done")
     process = start(root / "hang", *LOCAL, "launch.hang_s=15")
-    code, _, err = finish(process, timeout=120)
+    code, _, err = finish(process, timeout=300)
     assert code == 1
     check_error(
         err, r"error: rank 1, step 6 \(loading data\): no progress for \d+ s; the other ranks wait for it; logs: "
@@ -119,7 +119,7 @@ def test_a_rank_that_dies_is_named_with_its_step(root: Path, number: signal.Sign
     wait_for_step(process, output, 10)
     ranks_of(psutil.Process(process.pid))[1].send_signal(number)
     began = time.monotonic()
-    code, _, err = finish(process, timeout=60)
+    code, _, err = finish(process, timeout=120)
     print(f"the run was over {time.monotonic() - began:.0f} s after {number.name}")
     assert code == 1
     check_error(err, rf"error: rank 1, step \d+ \([a-z ]+\): ended by {number.name}; the other ranks were stopped")
