@@ -1,7 +1,7 @@
 """Direct preference optimisation (arXiv:2305.18290), as an example of a loss of one's own.
 
     python -m mbfn.train init.hf=DIR data=chat data.path=pairs.jsonl data.preference=pairs optim=adamw_finetune \
-        loss=function loss.path=experiments/dpo.py:dpo "loss.settings=[beta:0.1]"
+        loss=function loss.path=dpo.py:dpo "loss.settings=[beta:0.1]"
 
 Rows come in pairs, the chosen answer and then the rejected one, in one micro-batch. The reference is the model that
 the run starts from: a second one without gradients looks at every micro-batch first.

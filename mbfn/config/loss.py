@@ -64,7 +64,7 @@ class FunctionLoss:
     """A loss of your own: a function of Python that gives one for the run on the ranks it runs on."""
 
     kind: Literal["function"] = "function"
-    path: str  # FILE.py:NAME, called as NAME(run, world, **settings) and giving an `mbfn.megatron.Loss`
+    path: str  # FILE.py:NAME, a file here or in experiments/; NAME(run, world, **settings) gives an mbfn.megatron.Loss
     settings: tuple[str, ...] = ()  # further arguments, numbers: [beta:0.1]
 
     def __post_init__(self) -> None:

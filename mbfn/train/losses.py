@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from mbfn.config.groups import experiments_dir
 from mbfn.config.loss import DistillLoss, FunctionLoss, TokenLoss
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
@@ -105,6 +106,8 @@ def _own(run: RunConfig, loss: FunctionLoss, world: World) -> Loss:
 
 
 def _module(file: Path) -> ModuleType:
+    ours = experiments_dir() / file
+    file = ours if ours.is_file() and not file.is_file() else file
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise ConfigError([("loss.path", f"{file}: expected a Python file")])

@@ -31,7 +31,6 @@ from tests.megatron.tiny import (
 from tests.ranks import run_ranks
 
 BETA, SMOOTHING = 0.3, 0.1
-DPO = Path(__file__).parents[2] / "experiments" / "dpo.py"
 LAYOUTS = {
     "tp2pp2": ParallelConfig(tp=2, pp=2),
     "cp2": ParallelConfig(cp=2),
@@ -49,7 +48,7 @@ def test_pairs_are_learned_from_as_written_out(tmp_path: Path, layout: str) -> N
     margin, loss = _written_out(model, reference)
     loss.backward()
     run = run_config(config_of(model), replace(LAYOUTS[layout], sharding="none"))
-    own = FunctionLoss(path=f"{DPO}:dpo", settings=(f"beta:{BETA}", f"label_smoothing:{SMOOTHING}"))
+    own = FunctionLoss(path="dpo.py:dpo", settings=(f"beta:{BETA}", f"label_smoothing:{SMOOTHING}"))
     run = replace(run, init=InitConfig(hf=str(tmp_path)), loss=own)
     batches = micro_batches(0, replace(run, parallel=ParallelConfig()), 0)
     ranks = run_ranks(run.parallel.world_size, gradients_of, run, weights_of(model), batches, _loss)
