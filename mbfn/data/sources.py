@@ -149,8 +149,10 @@ def _parsed(line: bytes) -> Any:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowError(f"wrong encoding: not UTF-8 at byte {error.start} of the line")
-    except (ValueError, RecursionError) as error:
-        return RowError(f"broken JSON: {error}")
+    except json.JSONDecodeError as error:
+        return RowError(f"broken JSON: {error.msg} at character {error.pos + 1}")
+    except RecursionError:
+        return RowError("broken JSON: nested too deeply")
     return value if isinstance(value, dict) else RowError(f"no object but {type(value).__name__}")
 
 

@@ -22,6 +22,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+import mbfn.data.sources
 from mbfn.data import open_dataset, read_batch
 from mbfn.data.blend import blended, split_bounds
 from mbfn.data.corpus import about_file, files_of, index_bytes, open_corpus, token_type
@@ -201,7 +202,8 @@ def command(*overrides: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets", "directory"])
-def test_documents_come_back(tmp_path: Path, tokenizer: Path, form: str) -> None:
+def test_documents_come_back(tmp_path: Path, tokenizer: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mbfn.data.sources, "_SHARD_BYTES", (3000, 3000))
     from mbfn.data.tokenise import order_of, tokenise
     from mbfn.data.tokenizer import open_tokenizer
 
@@ -219,7 +221,7 @@ def test_documents_come_back(tmp_path: Path, tokenizer: Path, form: str) -> None
         rows.to_parquet(source) if form == "parquet" else rows.save_to_disk(source, num_shards=3)
     order = order_of(
         str(source), str(tmp_path / "out"), open_tokenizer(tokenizer), text_key="text", bos=False, eod=True,
-        bad_rows="error", workers=1,
+        bad_rows="error", workers=2 if form == "jsonl" else 1,
     )  # fmt: skip
     written = tokenise(order)
     corpus, loaded = IndexedDataset(str(tmp_path / "out")), open_tokenizer(tokenizer).load()

@@ -176,7 +176,8 @@ def _fitting(
     seq_length, lengths = run.train.seq_length, samples.positions[chosen]
     long = lengths > seq_length
     if data.over_long == "truncate":
-        lost = np.asarray([cut and not _trains(samples, i, seq_length) for cut, i in zip(long, chosen, strict=True)])
+        dull = (cut and not _trains(samples, int(i), seq_length) for cut, i in zip(long, chosen, strict=True))
+        lost = np.fromiter(dull, dtype=bool, count=len(chosen))
         left["cut at train.seq_length"] += int(long.sum() - lost.sum())
         left["dropped, with no trained token before train.seq_length"] += int(lost.sum())
         long = lost
