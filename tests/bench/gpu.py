@@ -98,6 +98,7 @@ CHANGES = {
     "qkv": ("fusion.fused_single_qkv_rope=true",),
     "router": ("fusion.moe_router_fusion=true",),
     "graphs": ("train.cuda_graph_impl=local",),
+    "partgraphs": ("train.cuda_graph_impl=local", "train.cuda_graph_modules=[attn,moe_router,moe_preprocess]"),
     "norms": ("train.recompute=selective", "train.recompute_modules=[layernorm]"),
     "mlp": ("train.recompute=selective", "train.recompute_modules=[mlp]"),
     "micro2": ("train.micro_batch_size=2",),
