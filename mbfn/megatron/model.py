@@ -17,6 +17,7 @@ from mbfn.config.model import ModelConfig, padded_vocab_size
 from mbfn.config.parallel import ParallelConfig, pipeline_layers
 from mbfn.megatron.adapt import Adapt
 from mbfn.megatron.kernels import hierarchical_groups
+from mbfn.megatron.modules import new_device
 from mbfn.megatron.mtp import FurtherTokens, mtp_spec
 from mbfn.megatron.precision import output_layer
 from mbfn.megatron.rotary import inverse_frequencies
@@ -137,4 +138,4 @@ def _build_chunk(
         )
     if model.mla is None:
         built.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(built.rotary_pos_emb.inv_freq.device)
-    return built
+    return built.to(new_device(config))  # Megatron makes routers on the CPU
