@@ -58,7 +58,7 @@ def test_a_benchmark_leaves_a_line_that_agrees_with_itself(kind: str, tmp_path: 
     first, last = record["losses"]
     assert first == pytest.approx(math.log(MODEL.vocab_size), rel=0.05)
     assert last == pytest.approx(first, rel=0.1)  # new tokens at every step: nothing to learn
-    assert record["startup_s"]["first_step"] > record["startup_s"]["built"] > record["startup_s"]["opened"] > 0
+    assert record["startup_s"]["first_step"] >= record["startup_s"]["built"] >= record["startup_s"]["opened"] > 0
     resolved = json.loads((tmp_path / "resolved.json").read_text())
     assert {name: choice["value"] for name, choice in resolved.items()} == record["choices"]
     assert resolved["modules"]["value"] == "torch"
