@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mbfn.config.compose import compose
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.convert import to_hf
-from mbfn.errors import DataError
+from mbfn.errors import ConfigError, DataError
 from mbfn.megatron.packed import check_segments
 from mbfn.megatron.step import Measured
 from tests.megatron.mixtures import mixture
@@ -142,3 +143,9 @@ def test_rows_that_cannot_be_cut_are_named(bounds: list[int], rows: int, cp: int
     with pytest.raises(DataError) as error:
         check_segments(torch.tensor(bounds), (rows, 16), cp=cp)
     assert str(error.value) == message
+
+
+def test_graphs_of_packed_rows_are_refused_beforehand() -> None:
+    packed = ("data=chat", "data.path=chats.jsonl", "data.packing=ffd", "train.micro_batch_size=1")
+    with pytest.raises(ConfigError, match=r"^train\.cuda_graph_impl: a graph is of one division of a row into samples"):
+        compose(*packed, "train.cuda_graph_impl=local")
