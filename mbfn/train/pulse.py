@@ -39,12 +39,7 @@ class Pulse:
 
     def __init__(self, path: Path | None = None) -> None:
         self._marks = 0
-        if path is None:
-            self._memory = mmap.mmap(-1, _FORMAT.size)
-            return
-        with path.open("w+b") as file:
-            file.truncate(_FORMAT.size)
-            self._memory = mmap.mmap(file.fileno(), _FORMAT.size)
+        self._memory = _memory(path)
 
     def mark(self, step: int, phase: Phase) -> None:
         """Be at `phase` of update number `step`."""
@@ -55,6 +50,18 @@ class Pulse:
     def place(self) -> Place:
         """The last mark."""
         return _place(self._memory[:])
+
+
+def _memory(path: Path | None) -> mmap.mmap:
+    """Shared with the file where there is one: a disk too full for it is found by what has to be written."""
+    if path is None:
+        return mmap.mmap(-1, _FORMAT.size)
+    try:
+        path.write_bytes(bytes(_FORMAT.size))
+    except OSError:
+        return mmap.mmap(-1, _FORMAT.size)
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), _FORMAT.size)
 
 
 def read_place(path: Path) -> Place:

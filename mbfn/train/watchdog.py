@@ -69,7 +69,8 @@ def _noted(watch: Watch, thread: _Watcher | None) -> Iterator[None]:
         yield
     except BaseException as error:
         failure = failure_of(watch.rank, error, str(watch.pulse.place))
-        write_failure(watch.notes, failure)
+        with contextlib.suppress(OSError):  # a full disk: the error itself still reaches the launcher
+            write_failure(watch.notes, failure)
         if not isinstance(error, MbfnError):
             sys.stderr.write(f"error: {failure.line}\n")
         if thread is not None:
@@ -260,11 +261,10 @@ class _Watcher:
             sys.stderr.write(f"error: {failure.line}\n")
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             if mine:
-                write_failure(
-                    self._watch.notes, replace(failure, where=str(self._watch.pulse.place), detail=_stack(self._main))
-                )
-            elif verdict.by == self._watch.rank:
-                write_failure(self._watch.notes, failure)
+                failure = replace(failure, where=str(self._watch.pulse.place), detail=_stack(self._main))
+            if mine or verdict.by == self._watch.rank:
+                with contextlib.suppress(OSError):
+                    write_failure(self._watch.notes, failure)
             if not mine and verdict.host == self._own[0]:
                 _wake(verdict.pid)
         sys.stderr.flush()

@@ -215,7 +215,7 @@ def test_a_full_disk_is_the_cause(box: Box, root: Path, spare: int) -> None:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     assert code == 1
     assert "the disk" in errors(err)[-1] or "No space left on device" in errors(err)[-1], err
-    assert errors(err)[-1].startswith("error: rank 0: ")
+    assert errors(err)[-1].startswith("error: rank 0")
 
 
 @pytest.mark.slow
