@@ -48,7 +48,8 @@ def _check_watching(run: RunConfig, device: Device) -> None:
     """Find the libraries of trackers, and what a profiler records, before anything starts."""
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
     for name in run.log.trackers:
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # without: a folder of that name, which the library itself leaves
             raise LaunchError(f"log.trackers: {name} is not installed; `pip install {packages[name]}`, or leave it out")
     if run.log.online and not os.environ.get("WANDB_API_KEY"):
         raise LaunchError("log.online: WANDB_API_KEY is not set; export it, or leave log.online=false")

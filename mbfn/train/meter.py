@@ -25,12 +25,10 @@ def make_meter(run: RunConfig, world: World) -> Callable[[Metrics], Metrics]:
     """
     tokens = step_tokens(run)
     share = run_flops(run).causal * tokens / world.world_size / 1e12
-    interval = run.log.interval
 
     def meter(metrics: Metrics) -> Metrics:
         spent = metrics.data_s + metrics.update_s
-        due = metrics.step % interval == 0 or metrics.valid_loss is not None
-        memory = peak_memory_gb(world.device) if due else 0.0
+        memory = peak_memory_gb(world.device)
         return replace(metrics, tokens_per_s=tokens / spent, tflops=share / spent, memory_gb=memory)
 
     return meter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_a_tracker_that_cannot_start_says_so_in_a_line(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tensorboard", None)
+        with pytest.raises(
+            LaunchError, match=r"^log.trackers: tensorboard is not installed; `pip install tensorboard`"
+        ):
+            check_launch(tracked_run("tensorboard"), None, 0)
     pytest.importorskip("wandb")
     with pytest.raises(LaunchError, match=r"^log.online: WANDB_API_KEY is not set; export it, or"):
         check_launch(tracked_run("wandb", online=True), None, 0)
