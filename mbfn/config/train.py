@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mbfn.errors import ConfigError, require
@@ -43,6 +43,20 @@ class TrainConfig:
         problems += _memory_problems(self)
         if problems:
             raise ConfigError(problems)
+
+
+def recomputing(train: TrainConfig, recompute: Recompute) -> TrainConfig:
+    """`train` with another way to recompute, and its plainest settings."""
+    return replace(
+        train,
+        recompute=recompute,
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        recompute_modules=("core_attn",),
+        offload_num_layers=0 if recompute != "none" else train.offload_num_layers,
+        cuda_graph_impl="none" if recompute == "full" else train.cuda_graph_impl,
+        cuda_graph_modules=() if recompute == "full" else train.cuda_graph_modules,
+    )
 
 
 def _memory_problems(train: TrainConfig) -> list[tuple[str, str]]:

@@ -39,13 +39,31 @@ class Saved:
         return Saved(kept=self.kept + other.kept, transient=max(self.transient, other.transient))
 
 
-def layer_saved(run: RunConfig, kernels: Kernels, *, sparse: bool) -> Saved:
-    """One decoder layer, with experts or without; with full recompute its input alone, the rest being transient."""
+def layer_parts(run: RunConfig, kernels: Kernels, *, sparse: bool) -> tuple[Saved, Saved]:
+    """The attention and the rest of one decoder layer that keeps everything, with experts or without."""
     attention = latent_attention_saved(run) if run.model.mla else attention_saved(run)
-    whole = attention + (experts_saved(run, kernels) if sparse else mlp_saved(run, kernels))
-    if run.train.recompute == "none":
-        return whole
-    return Saved(kept=layer_input(run), transient=whole.kept + whole.transient)
+    return attention, experts_saved(run, kernels) if sparse else mlp_saved(run, kernels)
+
+
+def attention_inputs(run: RunConfig) -> float:
+    """Queries, keys and values as attention takes them."""
+    model, local = run.model, tokens(run) / run.parallel.tp * BYTES[run.precision.params]
+    if model.mla is None:
+        return local * (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    return local * model.num_attention_heads * (2 * model.mla.qk_head_dim + model.mla.v_head_dim)
+
+
+def attention_scores(run: RunConfig) -> float:
+    """The scores of attention that is not fused, else the statistics of its softmax."""
+    return _scores(run) or tokens(run) / run.parallel.tp * run.model.num_attention_heads * 4
+
+
+def shared_saved(run: RunConfig) -> float:
+    """What shared experts keep."""
+    moe = run.model.moe
+    assert moe is not None
+    element = 2 * BYTES[run.precision.params] + gemm_input_bytes(run.precision)
+    return tokens(run) / run.parallel.tp * moe.moe_shared_expert_intermediate_size * element
 
 
 def layer_input(run: RunConfig) -> float:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mbfn.config.run import RunConfig
-from mbfn.plan.activations import BYTES, Kernels, Saved, layer_saved, output_saved
+from mbfn.plan.activations import BYTES, Kernels, Saved, output_saved
 from mbfn.plan.adapters import added, trained
+from mbfn.plan.kept import chunk_kept, layer_saved
 from mbfn.plan.schedule import in_flight
 from mbfn.plan.weights import StageWeights, is_sparse, layer_weights, stage_weights
 
@@ -52,12 +53,20 @@ def peak(run: RunConfig) -> float:
 def optimizer_bytes(run: RunConfig) -> int:
     """Bytes of master weight and moments for a parameter of this rank's share."""
     formats = run.precision
-    moments = BYTES[formats.exp_avg] + BYTES[formats.exp_avg_sq]
+    moments = BYTES[formats.exp_avg] + BYTES[formats.exp_avg_sq] if run.optim.optimizer == "adamw" else 4
     if formats.params == "fp32":
         return moments
     if formats.precision_aware and formats.params == "bf16":  # the weight and 16 more bits make the fp32 master
         return moments + 2
     return moments + BYTES[formats.main_params]
+
+
+def _states(run: RunConfig, weights: StageWeights) -> float:
+    """Master weights and moments on the GPU."""
+    held = owned(run, weights) * optimizer_bytes(run)
+    if run.optim.optimizer == "muon":  # which leaves all but the layers' matrices to AdamW
+        held += 4 * (weights.held.parameters - weights.held.matrices)
+    return held * (1 - run.optim.optimizer_offload_fraction)
 
 
 def owned(run: RunConfig, weights: StageWeights) -> float:
@@ -80,8 +89,7 @@ def _stage(
 ) -> StageMemory:
     held = in_flight(run.parallel, place, run.num_microbatches)
     activations = sum(
-        count * sum(kinds[is_sparse(run.model, layer)].kept for layer in chunk)
-        for chunk, count in zip(weights.chunks, held, strict=True)
+        count * chunk_kept(run, kernels, kinds, chunk) for chunk, count in zip(weights.chunks, held, strict=True)
     )
     activations += weights.mtp * kinds[bool(run.model.moe)].kept
     adapters = added(run, weights).parameters
@@ -93,7 +101,7 @@ def _stage(
         weights=(weights.held.parameters + adapters - kept_in_fp8) * BYTES[run.precision.params],
         fp8_weights=2 * weights.held.matrices if run.precision.quantized else 0,  # by rows and by columns
         gradients=trained(run, weights).parameters * BYTES[run.precision.grads],
-        optimizer=owned(run, weights) * optimizer_bytes(run),
+        optimizer=_states(run, weights),
         activations=activations,
         temporary=max(_backward(run, weights, kinds, kernels), _update(run, weights) - activations),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.run import RunConfig, layout_problems
-from mbfn.config.train import TrainConfig
+from mbfn.config.train import TrainConfig, recomputing
 from mbfn.errors import ConfigError
 from mbfn.plan.devices import SHARES, Device
 from mbfn.plan.memory import peak
@@ -96,8 +96,8 @@ def _interleavings(run: RunConfig, pp: int) -> list[int]:
 
 def _batches(run: RunConfig, parallel: ParallelConfig, device: Device) -> Iterator[RunConfig]:
     """The micro-batches that fit; with recomputation only if none fits without."""
-    for recompute in dict.fromkeys((run.train.recompute, "full")):
-        trains = (replace(run.train, micro_batch_size=size, recompute=recompute) for size in _MICRO)
+    for kind in dict.fromkeys((run.train, recomputing(run.train, "full"))):
+        trains = (replace(kind, micro_batch_size=size) for size in _MICRO)
         valid = (candidate for train in trains if (candidate := _valid(run, parallel, train)) is not None)
         fitting = list(itertools.takewhile(lambda candidate: fits(candidate, device), valid))
         if fitting:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
-from mbfn.plan.activations import BYTES, Kernels, layer_input, layer_saved, logits
+from mbfn.config.train import recomputing
+from mbfn.plan.activations import BYTES, Kernels, layer_input, logits
 from mbfn.plan.comm import Traffic, bandwidth, traffic
 from mbfn.plan.devices import SHARES, Device
 from mbfn.plan.flops import Flops, layer_flops, run_flops, step_tokens
+from mbfn.plan.kept import layer_saved
 from mbfn.plan.memory import optimizer_bytes, owned
 from mbfn.plan.weights import StageWeights, is_sparse, stage_weights
 
@@ -122,7 +124,7 @@ def _kinds(run: RunConfig, device: Device) -> tuple[Parts, ...]:
     """Every decoder layer on one micro-batch, without communication; equal layers are computed once."""
     model, length = run.model, run.train.seq_length
     formats = PrecisionConfig(params="bf16") if run.precision.quantized else run.precision
-    plain = replace(run, train=replace(run.train, recompute="none"), precision=formats)
+    plain = replace(run, train=recomputing(run.train, "none"), precision=formats)
     kept = {sparse: layer_saved(plain, Kernels(), sparse=sparse).kept for sparse in {False, model.moe is not None}}
     found: dict[tuple[Flops, bool], Parts] = {}
     layers = []

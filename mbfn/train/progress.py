@@ -102,7 +102,7 @@ def _plain(start: int, steps: int, console: Console) -> Observer:
 
 
 def _evaluation(metrics: Metrics) -> str:
-    return f"step {metrics.step}: held-out loss {metrics.valid_loss:.4f}"
+    return f"step {metrics.step}: held-out loss {metrics.valid_loss:.4f}  perplexity {metrics.valid_perplexity:,.2f}"
 
 
 def _median(records: Sequence[Record], name: str) -> float:

@@ -35,6 +35,7 @@ class Metrics:
     fault: str = ""  # nan or spike
     response: Literal["", "stop", "skip", "roll_back"] = ""  # to the fault
     terms: Mapping[str, float] = field(default_factory=dict)  # of the loss, by their names
+    loss_scale: float | None = None  # what fp16 gradients were multiplied by
     valid_loss: float | None = None  # where an evaluation was due
     seconds: float = 0.0  # wall time of the data, the update and its evaluation
     data_s: float = 0.0  # of that, waiting for the batch
@@ -60,7 +61,18 @@ class Metrics:
         fields |= {name: _finite(value) for name, value in self.terms.items()}
         fields |= {"skipped": True} if self.skipped else {}
         fields |= {"fault": self.fault} if self.fault else {}
-        return fields if self.valid_loss is None else fields | {"valid_loss": _finite(self.valid_loss)}
+        fields |= {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
+        if self.valid_loss is None:
+            return fields
+        return fields | {"valid_loss": _finite(self.valid_loss), "valid_perplexity": _finite(self.valid_perplexity)}
+
+    @property
+    def valid_perplexity(self) -> float:
+        """Of held-out text, a token: the choice among so many equally likely ones is as hard."""
+        try:
+            return math.nan if self.valid_loss is None else math.exp(self.valid_loss)
+        except OverflowError:
+            return math.inf
 
 
 def _finite(value: float) -> float | None:

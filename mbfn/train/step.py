@@ -48,6 +48,7 @@ def make_step(run: RunConfig, world: World, loss: Loss | None = None) -> Step:
             fault=result.fault,
             response=answer,
             terms=result.metrics,
+            loss_scale=result.loss_scale,
         )
         return after, metrics
 

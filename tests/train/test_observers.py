@@ -55,6 +55,7 @@ def test_records_are_thinned_out_but_keep_evaluations_and_the_end(tmp_path: Path
     records = read_records(tmp_path / "m.jsonl")
     assert [record["step"] for record in records] == [4, 5, 9]
     assert [record.get("valid_loss") for record in records] == [3.0, None, None]
+    assert records[0]["valid_perplexity"] == pytest.approx(math.exp(3.0))
 
 
 def test_figures_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert lines[0] == (
         "step 1/100  loss 4.0000  grad norm 0.500  lr 1.00e-03  256 tokens/s  1.5 TFLOP/s a GPU  2.0 GiB  left 0:00:25"
     )
-    assert lines[-1] == "step 100: held-out loss 3.2500"
+    assert lines[-1] == "step 100: held-out loss 3.2500  perplexity 25.79"
 
 
 def test_a_bar_on_a_terminal() -> None:
