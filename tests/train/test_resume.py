@@ -139,13 +139,14 @@ def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_kills_while_checkpoints_are_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "wanted"), [("tp1", 40), ("dp2", 10)])
+def test_fifty_kills_while_checkpoints_are_written(tmp_path: Path, layout: str, wanted: int) -> None:
     """Every start finds a complete checkpoint; at most the one that was being written is lost."""
     interval, kills, torn = 2, 0, 0
     model = replace(MODEL, num_layers=2, vocab_size=20_000)
-    run = session_run(LAYOUTS["dp2"], steps=10_000, interval=interval, model=model)
+    run = session_run(LAYOUTS[layout], steps=10_000, interval=interval, model=model)
     output, draw, before = tmp_path / "run", random.Random(7), 0
-    while kills < 50:
+    while kills < wanted:
         started = len(read_records(output / "metrics.jsonl"))
         _start_and_kill(run, output, started, draw.uniform(0.0, 0.5))
         kills += 1
@@ -158,11 +159,10 @@ def test_fifty_kills_while_checkpoints_are_written(tmp_path: Path) -> None:
         assert not complete or not any(job() for job in file_jobs(complete[-1]))
         before = step
     print(json.dumps({"kills": kills, "while writing": torn, "step": before}))
-    assert torn >= 10
+    assert torn >= wanted // 5
     last = replace(run, train=replace(run.train, steps=before + 4), schedule=replace(run.schedule, decay_steps=10_000))
-    whole = replace(last, checkpoint=replace(run.checkpoint, interval=0))
     go(last, output, timeout_s=300)
-    go(whole, tmp_path / "whole", timeout_s=300)
+    go(last, tmp_path / "whole", timeout_s=300)
     assert same_checkpoints(newest(output), newest(tmp_path / "whole"))
 
 
