@@ -23,7 +23,7 @@ def prepared(root: Path) -> tuple[str, ...]:
     ]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     fields = ("data=chat", f"data.path={path}", f"data.tokenizer={tokenizer}", "data.valid_fraction=0", "train.steps=3")
-    return (*SMALL, *fields, "model.max_position_embeddings=512", "train.seq_length=512", "log.sample_prompt=")
+    return (*SMALL, *fields, "model.max_position_embeddings=512", "train.seq_length=384", "log.sample_prompt=")
 
 
 @pytest.mark.parametrize("weights", ["token", "sample"])

@@ -251,8 +251,9 @@ def _digest(run: RunConfig, data: ChatData, train: Samples, valid: Samples) -> s
 def _description(data: ChatData, train: Samples, rows: ChatRows, valid: ChatRows | None, left: Counter[str]) -> str:
     trained = int(np.add.reduce(train.mask, dtype=np.int64))
     held_out = len(valid.chosen) if valid is not None else 0
+    count = len(rows.epoch_bins(0))
     parts = [
-        f"{len(rows.chosen):,} samples of {data.path} in {len(rows.epoch_bins(0)):,} rows, {held_out:,} held out; "
+        f"{len(rows.chosen):,} samples of {data.path} in {count:,} row{'s' * (count != 1)}, {held_out:,} held out; "
         f"{trained:,} of {len(train.tokens):,} tokens trained"
     ]
     if said := _left_out(left):
