@@ -9,7 +9,7 @@ from mbfn.config.model import Dtype
 from mbfn.errors import ConfigError, require
 
 Fp8Recipe = Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"]
-Fp8Attention = Literal["none", "dot_product", "multi_head"]
+Fp8Attention = Literal["none", "dot_product"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class PrecisionConfig:
     exp_avg_sq: Dtype = "fp32"  # Adam's second moment
     fp8: Fp8Recipe = "none"  # the layers' matrix products in FP8, nvfp4: in FP4; auto: what suits the GPU best
     fp8_amax_history_len: int = 16  # steps that the delayed recipe looks back
-    fp8_attention: Fp8Attention = "none"  # products inside attention too; multi_head: also what goes in and comes out
+    fp8_attention: Fp8Attention = "none"  # the two products inside attention too
     fp8_output_proj: bool = False  # the output layer's product too; else it is of the parameters' format
     fp8_param_gather: bool = False  # the layers' weights kept, and gathered, in FP8: half the bytes, no casts
     activation_func_fp8_input_store: bool = False  # SwiGLU keeps its input in FP8 for the backward pass
@@ -69,8 +69,6 @@ def _recipe_problems(precision: PrecisionConfig) -> list[tuple[str, str]]:
         require(unused or precision.quantized, name, "needs an FP8 recipe; set fp8=auto, or leave it out", problems)
     text = "the blockwise recipe has no attention in FP8; use tensorwise or delayed"
     require(recipe != "blockwise" or attention == "none", "fp8_attention", text, problems)
-    text = f"multi_head needs fp8=delayed, got {recipe}; use dot_product"
-    require(attention != "multi_head" or recipe == "delayed", "fp8_attention", text, problems)
     fits = recipe not in ("delayed", "nvfp4")
     text = f"needs fp8=tensorwise, blockwise or mxfp8, got {recipe}"
     require(fits or not precision.fp8_output_proj, "fp8_output_proj", text, problems)

@@ -54,7 +54,6 @@ def precision_settings(precision: PrecisionConfig) -> dict[str, Any]:
     """The fields of Megatron's config."""
     settings: dict[str, Any] = {
         "fp8_dot_product_attention": precision.fp8_attention != "none",
-        "fp8_multi_head_attention": precision.fp8_attention == "multi_head",
         "activation_func_fp8_input_store": precision.activation_func_fp8_input_store,
         "first_last_layers_bf16": precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16 > 0,
         "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,

@@ -24,6 +24,8 @@ from mbfn.train.export import initial_weights
 from mbfn.train.guard import Guard
 from mbfn.train.job import Job
 from mbfn.train.loop import fold
+from mbfn.train.meter import make_meter
+from mbfn.train.observers import metered
 from mbfn.train.progress import progress
 from mbfn.train.provenance import write_provenance, write_text
 from mbfn.train.pulse import Pulse
@@ -167,7 +169,7 @@ def _measured(job: Job, world: World, state: TrainState, console: Console) -> tu
             random_batches(run, world, first, last),
             step=_timed(make_step(run, world), world, spent),
             evaluate=lambda _, metrics: metrics,
-            observers=(observe, record, shown) if world.rank == 0 else (observe,),
+            observers=(metered(make_meter(run, world), (observe, record, shown)),) if world.rank == 0 else (observe,),
             stop=lambda: 0,
             pulse=Pulse(),
         )

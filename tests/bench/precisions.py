@@ -37,7 +37,6 @@ FORMATS: Mapping[str, tuple[dict[str, object], float]] = {
     "blockwise": ({**_FP8, "fp8": "blockwise"}, 0.03),
     "tensorwise_attention": ({**_FP8, "fp8": "tensorwise", "fp8_attention": "dot_product"}, 0.05),
     "delayed_attention": ({**_FP8, "fp8": "delayed", "fp8_attention": "dot_product"}, 0.05),
-    "delayed_multi_head": ({**_FP8, "fp8": "delayed", "fp8_attention": "multi_head"}, 0.05),
     "tensorwise_output": ({**_FP8, "fp8": "tensorwise", "fp8_output_proj": True}, 0.05),
     "tensorwise_input_store": ({**_FP8, "fp8": "tensorwise", "activation_func_fp8_input_store": True}, 0.05),
     "tensorwise_ends": (

@@ -155,12 +155,11 @@ def test_names_of_random_weights_make_none_of_them(monkeypatch: pytest.MonkeyPat
         ({"params": "bf16", "fp8": "blockwise"}, {"fp8": "e4m3", "fp8_recipe": "blockwise"}),
         ({"params": "bf16", "fp8": "mxfp8"}, {"fp8": "e4m3", "fp8_recipe": "mxfp8"}),
         (
-            {"params": "bf16", "fp8": "delayed", "fp8_attention": "multi_head"},
+            {"params": "bf16", "fp8": "delayed", "fp8_attention": "dot_product"},
             {
                 "fp8_amax_history_len": 16,
                 "fp8_amax_compute_algo": "max",
                 "fp8_dot_product_attention": True,
-                "fp8_multi_head_attention": True,
             },
         ),
         (
