@@ -65,7 +65,12 @@ def test_every_option_composes_and_says_what_it_is(option: str) -> None:
         assert config.parallel.sequence_parallel is (config.parallel.tp > 1)
 
 
-_NEEDED = {"data/chat": ["data.path=chats.jsonl"], "data/indexed": ["data.path=corpus"]}
+_NEEDED = {
+    "data/chat": ["data.path=chats.jsonl"],
+    "data/indexed": ["data.path=corpus"],
+    "loss/distill": ["loss.teacher=DIR"],
+    "loss/function": ["loss.path=FILE.py:NAME"],
+}
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 
 
