@@ -22,6 +22,7 @@ from mbfn.train.checkpoints import (
     checkpoint_path,
     checkpoint_to_resume,
     complete_checkpoints,
+    read_manifest,
     skipped_checkpoints,
 )
 from mbfn.train.curve import draw_curve
@@ -119,7 +120,10 @@ def train(job: Job, stop: Callable[[], int], pulse: Pulse) -> int:
 
 
 def _look_round(session: Session, resume: Path | None) -> None:
-    """Say which broken checkpoints are left alone, and remove what dead writers left."""
+    """Refuse a checkpoint of another run before it is read; say which broken ones are left alone, clear leftovers."""
+    made = read_manifest(resume) if resume is not None else {}
+    if resume is not None and "config" in made:
+        check_record({"data": made["data"], "run": made["config"]}, session.run, session.dataset.digest, resume)
     if session.world.rank == 0:
         clear_leftovers(session.root)
         for fault in skipped_checkpoints(session.root, resume):

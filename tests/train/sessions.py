@@ -34,9 +34,11 @@ MODEL = ModelConfig(
 )
 
 
-def session_run(parallel: ParallelConfig, *, steps: int, model: ModelConfig = MODEL, **checkpoint: object) -> RunConfig:
+def session_run(
+    parallel: ParallelConfig, *, steps: int, model: ModelConfig = MODEL, eval_interval: int = 0, **checkpoint: object
+) -> RunConfig:
     """A run over random tokens that leaves checkpoints and nothing else."""
-    plain = mock_run(steps=steps, eval_interval=0)
+    plain = mock_run(steps=steps, eval_interval=eval_interval)
     saved = CheckpointConfig(**{"interval": 3, "keep_last": 2, "export_hf": False, **checkpoint})  # type: ignore[arg-type]
     log = replace(plain.log, progress=False, curve=False)
     optim = OptimConfig(lr=2e-3)

@@ -128,14 +128,18 @@ def test_a_full_disk_ends_the_run_or_leaves_it_without_that_checkpoint(tmp_path:
 
 
 def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
-    run = session_run(ParallelConfig(), steps=12, interval=2, keep_last=1, keep_best=2, keep_every=6)
-    run = replace(run, train=replace(run.train, eval_interval=2))
+    run = session_run(ParallelConfig(), steps=12, eval_interval=2, interval=2, keep_last=1, keep_best=2, keep_every=6)
     go(run, tmp_path / "run")
     valid = {record["step"]: record["valid_loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl")[1::2]}
     best = sorted(valid, key=lambda step: valid[step] or 0.0)[:2]
     steps = [read_manifest(path)["step"] for path in complete_checkpoints(tmp_path / "run" / "checkpoints")]
     assert steps == sorted({6, 12, *best})
     assert read_manifest(newest(tmp_path / "run"))["valid_loss"] == pytest.approx(valid[12])
+    wider = replace(run, model=replace(MODEL, ffn_hidden_size=96))
+    with pytest.raises(
+        RankError, match=r"CheckpointError: model.ffn_hidden_size: .*step_00000012 was made with 80, this"
+    ):
+        go(wider, tmp_path / "run")
 
 
 @pytest.mark.slow
