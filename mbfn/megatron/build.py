@@ -8,12 +8,12 @@ from torch import Tensor
 
 from mbfn.config.run import RunConfig
 from mbfn.megatron.adapt import Adaptation
-from mbfn.megatron.fsdp import whole
 from mbfn.megatron.kernels import open_buffers
 from mbfn.megatron.model import LanguageModel, build_chunks
 from mbfn.megatron.optimizer import Models, gathered, wrap
 from mbfn.megatron.precision import in_full, on_device
 from mbfn.megatron.settings import choose_impl, transformer_config
+from mbfn.megatron.stretches import whole
 from mbfn.megatron.weights import chunk_tensors, load_weights, random_weights
 from mbfn.megatron.world import World
 
@@ -63,4 +63,7 @@ def state_dict(models: Models) -> dict[str, Tensor]:
     Those kept in FP8 come in bf16.
     """
     with gathered(models):
-        return {name: in_full(whole(value.detach())) for name, value in chunk_tensors(models.chunks).items()}
+        return {
+            name: in_full(whole(value, models.config.params_dtype).detach())
+            for name, value in chunk_tensors(models.chunks).items()
+        }

@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mbfn.config.run import RunConfig
 from mbfn.errors import CheckpointError
 from mbfn.megatron.adapt import MARK
+from mbfn.megatron.cut_state import sharded_weights, without_cut
 from mbfn.megatron.model import LanguageModel
-from mbfn.megatron.optimizer import Models, gathered
+from mbfn.megatron.optimizer import Models, gathered, spread_weights
 from mbfn.megatron.optimizer_state import before_update, exact_states, load_optimizer
 from mbfn.megatron.reader import ParallelReader
 from mbfn.megatron.saver import Saver, nothing
@@ -121,6 +122,7 @@ def load(
         _set_weights(models.chunks, found, strict=keep is all_keys)
         with _clear_faults(Path(directory), "not of this optimizer"):
             load_optimizer(models.optimizer, found["optimizer"])
+        spread_weights(models)
     return found.get(_COMMON, {"iteration": found.get("iteration", 0)})
 
 
@@ -136,11 +138,17 @@ def load_model(directory: str | Path, world: World, chunks: Sequence[LanguageMod
 def _model_state(world: World, chunks: Sequence[LanguageModel], keep: Keep) -> dict[str, Any]:
     # Not every layer need have what is kept, so that no tensor holds all layers.
     metadata = _CONTENT | {"dp_cp_group": world.groups.dp_cp, "non_homogeneous_layers": keep is not all_keys}
-    whole = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
+    whole = {key: sharded_weights(chunk, metadata) for key, chunk in _named(chunks).items()}
     return {
-        key: {name: entry for name, entry in state.items() if keep(getattr(entry, "key", name))}
-        for key, state in whole.items()
+        key: {name: entry for name, entry in state.items() if keep(_key(entry, name))} for key, state in whole.items()
     }
+
+
+def _key(entry: Any, name: str) -> str:
+    """A weight's key in the checkpoint; one of which the rank has no part has its own name."""
+    if isinstance(entry, dict):
+        return entry["boxes"][0].key if "boxes" in entry else name
+    return getattr(entry, "key", name)
 
 
 def _optimizer_state(world: World, models: Models, state: dict[str, Any], *, is_loading: bool) -> Any:
@@ -160,7 +168,8 @@ def _set_weights(chunks: Sequence[LanguageModel], found: Mapping[str, Any], *, s
     # is trusted as a whole: Megatron reads its common state as a pickle too.
     with _environment("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
         for key, chunk in _named(chunks).items():
-            chunk.load_state_dict(found[key], strict=strict)
+            left = without_cut(found[key])
+            chunk.load_state_dict(left, strict=strict and len(left) == len(found[key]))
 
 
 def _read(source: Path, state: dict[str, Any], world: World) -> dict[str, Any]:

@@ -73,11 +73,6 @@ class FullyShardedDataParallel(_BaseDataParallel):
                 yield param.grad.to_local()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which ranks hold parts. Collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _policy(config: TransformerConfig, ddp_config: DistributedDataParallelConfig) -> MixedPrecisionPolicy:
     if not config.bf16:
         return MixedPrecisionPolicy()

@@ -58,6 +58,9 @@ def wrap(
 @contextlib.contextmanager
 def gathered(models: Models) -> Iterator[None]:
     """Inside, the weights are those of the last step even where their gathering overlaps the next forward pass."""
+    for ddp in models.ddp:
+        if ddp.ddp_config.use_megatron_fsdp:
+            ddp.module._replace_param_with_distributed_if_needed()
     overlapped = [
         ddp for ddp in models.ddp if isinstance(ddp, DistributedDataParallel) and ddp.ddp_config.overlap_param_gather
     ]
@@ -68,6 +71,13 @@ def gathered(models: Models) -> Iterator[None]:
     finally:
         for ddp in overlapped:
             ddp.enable_forward_pre_hook()
+
+
+def spread_weights(models: Models) -> None:
+    """After the weights that an optimizer updates were set from outside, make the model's own of them."""
+    for ddp in models.ddp:
+        if ddp.ddp_config.use_megatron_fsdp:
+            ddp.module.install_optimized_model_weights()
 
 
 def _hook(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mbfn.megatron.sharded import boxes_in_range
 
-_STATE = "optimizer.state"
+STATE = "optimizer.state"
 
 
 def box_methods(part: DistributedOptimizer) -> dict[str, Callable]:
@@ -49,15 +49,21 @@ def _states(part: DistributedOptimizer, model_state: dict[str, Any], *, is_loadi
         entry = entries[id(param)]
         # The copy of tied embeddings on the last stage has other stretches of the same state.
         wanted = is_loading or is_main_replica(entry.replica_id[:-1])
-        boxes = {key: list(_boxes(entry, key, value.detach(), start)) if wanted else [] for key, value in flat.items()}
+        boxes = {key: list(_boxes(entry, key, value, start)) if wanted else [] for key, value in flat.items()}
         states[number] = {"flat": LocalNonpersistentObject(flat), "boxes": boxes}
     return states
 
 
 def _boxes(entry: ShardedTensor | ShardedTensorFactory, name: str, flat: Tensor, start: int) -> Iterator[ShardedTensor]:
+    return boxes_of(entry, f"{STATE}.{name}.{entry.key}", flat.detach(), start)
+
+
+def boxes_of(
+    entry: ShardedTensor | ShardedTensorFactory, key: str, flat: Tensor, start: int
+) -> Iterator[ShardedTensor]:
     """The boxes that `flat`, the elements of a weight from `start` on, is made of; they share its memory."""
     like = torch.empty(entry.data.shape, dtype=flat.dtype, device="meta")
-    change: dict[str, Any] = {"key": f"{_STATE}.{name}.{entry.key}", "data": like}
+    change: dict[str, Any] = {"key": key, "data": like}
     if isinstance(entry, ShardedTensorFactory):
         pieces = list(nested_values({"all": replace(entry, **change).build()}))
     else:

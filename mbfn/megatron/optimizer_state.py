@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from mbfn.megatron.cut_state import cut_methods, is_cut
 from mbfn.megatron.device import attributes
 from mbfn.megatron.optimizer_boxes import box_methods
 
@@ -47,7 +48,9 @@ def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
         # Megatron collects garbage after gathering; here nothing is gathered, and it would take half a second.
         stack.enter_context(attributes(core_optimizer, {"gc": SimpleNamespace(collect=lambda: 0)}))
         for part in _parts(optimizer):
-            if isinstance(part, DistributedOptimizer):
+            if is_cut(part):
+                stack.enter_context(attributes(part, cut_methods(part)))
+            elif isinstance(part, DistributedOptimizer):
                 changed: dict[str, Any] = {
                     "_get_main_param_and_optimizer_states": _getter(part),
                     "_set_main_param_and_optimizer_states": _setter(part),
@@ -68,7 +71,8 @@ def load_optimizer(optimizer: MegatronOptimizer, state: Any) -> None:
     with exact_states(optimizer):
         optimizer.load_state_dict(whole)
     for part in _parts(optimizer):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
+        uncut = isinstance(part, DistributedOptimizer) and not is_cut(part)
+        if uncut and isinstance(part.optimizer, torch.optim.AdamW):
             _own_steps(part.optimizer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import mbfn.megatron as megatron
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
+from mbfn.config.precision import PrecisionConfig
 from mbfn.convert import to_hf
 from tests.megatron.mixtures import MIXTURES, mixture
 from tests.megatron.tiny import config_of, hf_model, run_config, train, weights_of
@@ -36,7 +38,14 @@ LAYOUTS: Mapping[str, ParallelConfig] = {
     "dp2": ParallelConfig(dp=2),
     "dp2_whole": ParallelConfig(dp=2, sharding="none"),
     "dp4_copies": ParallelConfig(dp=4, num_distributed_optimizer_instances=2),
+    "dp2_fsdp2": ParallelConfig(dp=2, sharding="fsdp2"),
+    "dp2_mfsdp": ParallelConfig(dp=2, sharding="megatron_fsdp"),
+    "tp2dp2_fsdp2": replace(TP2SP, dp=2, sharding="fsdp2"),
+    "tp2dp2_mfsdp": replace(TP2SP, dp=2, sharding="megatron_fsdp"),
+    "cp2_fsdp2": ParallelConfig(cp=2, sharding="fsdp2"),
+    "ep2_mfsdp": ParallelConfig(ep=2, sharding="megatron_fsdp"),
     "ep2": ParallelConfig(ep=2),
+    "tp2ep2_shared": replace(TP2SP, ep=2, moe_shared_expert_overlap=True),
     "ep2_gathered": ParallelConfig(ep=2, moe_token_dispatcher_type="allgather"),
     "ep2dp4_copies": ParallelConfig(ep=2, dp=4, num_distributed_optimizer_instances=2),
     "tp2ep2": replace(TP2SP, ep=2),
@@ -90,6 +99,8 @@ QUICK = (
     Case(model="dense", layout="dp2_whole", steps=FEW),
     Case(model="dense", layout="dp4_copies", steps=FEW),
     Case(model="moe", layout="ep2_gathered", steps=FEW),
+    Case(model="dense", layout="dp2_fsdp2", steps=FEW),
+    Case(model="dense", layout="tp2dp2_mfsdp", steps=FEW),
 )
 FAMILIES = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt_oss", "llama", "attention_bias")
 SLOW = (
@@ -99,6 +110,9 @@ SLOW = (
     *(Case(model="dense", layout=layout) for layout in ("pp4vpp2_batched", "pp2_written", "cp4_levels", "tp2cp2sp")),
     *(Case(model="moe", layout=layout) for layout in ("etp2", "ep2dp4_copies", "tp2cp2sp")),
     *(Case(model="gpt_oss", layout=layout) for layout in ("etp2", "tp2ep2")),
+    *(Case(model="dense", layout=f"{cut}{kind}") for cut in ("dp2", "tp2dp2") for kind in ("_fsdp2", "_mfsdp")),
+    Case(model="mla", layout="tp2ep2_shared", steps=FEW),
+    *(Case(model="mla", layout=layout) for layout in ("dp2_fsdp2", "dp2_mfsdp", "cp2_fsdp2", "ep2_mfsdp")),
 )
 
 
@@ -161,3 +175,56 @@ def _model(name: str, *, deep: bool) -> tuple[ModelConfig, dict[str, Tensor] | N
     if name == "mtp":
         return replace(model, mtp_num_layers=1, num_layers=8 if deep else 4), None
     return (replace(model, num_layers=8), None) if deep else (model, weights_of(reference))
+
+
+DROPPED = {"moe_expert_capacity_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        pytest.param({}, id="dropless", marks=pytest.mark.slow),
+        pytest.param(DROPPED, id="dropped"),
+        pytest.param(DROPPED | {"moe_pad_expert_input_to_capacity": True}, id="padded", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_beside_the_main_one_are_told_alike(moe: dict[str, Any]) -> None:
+    """Capacity is shared out in each rank's micro-batch, so dropping is the same wherever those are."""
+    model, _ = _model("mtp", deep=False)
+    assert model.moe is not None
+    model = replace(model, moe=replace(model.moe, moe_z_loss_coeff=0.01, **moe))
+    one, two = (
+        run_ranks(cut.world_size, train, run_config(model, cut), None, steps=range(2))[0][0]
+        for cut in (ParallelConfig(), LAYOUTS["ep2"])
+    )
+    assert set(one[0].metrics) == {"load_balancing_loss", "z_loss", "mtp_loss"}
+    for a, b in zip(one, two, strict=True):
+        assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=2e-5)
+        assert dict(a.metrics) == pytest.approx(dict(b.metrics), rel=1e-5)
+    assert one[0].metrics["mtp_loss"] == pytest.approx(one[0].loss, rel=0.05)
+    assert 0.9 < one[0].metrics["load_balancing_loss"] < 2
+
+
+@pytest.mark.slow
+def test_experts_that_travel_while_another_batch_computes_change_nothing() -> None:
+    model, weights = _model("moe", deep=False)
+    cuts = (LAYOUTS["ep2"], ParallelConfig(ep=2, overlap_moe_expert_parallel_comm=True))
+    runs = [run_config(model, cut, PrecisionConfig(params="bf16")) for cut in cuts]
+    apart, overlapped = (run_ranks(2, train, run, weights, steps=range(4))[0][0] for run in runs)
+    assert overlapped == apart
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("dp2_fsdp2", "dp2"), pytest.param("dp2_mfsdp", "dp2_fsdp2", marks=pytest.mark.slow)]
+)
+def test_cut_weights_are_saved_as_whole_ones(source: str, target: str, tmp_path: Path) -> None:
+    model, weights = _model("dense", deep=False)
+    run, place = run_config(model, LAYOUTS[source]), str(tmp_path / "stopped")
+    unbroken = run_ranks(2, train, run, weights, steps=range(4))
+    run_ranks(2, train, run, weights, steps=range(2), save_to=place)
+    resumed = run_ranks(2, train, run, None, steps=range(2, 4), load_from=place)
+    for (results, state), (later, again) in zip(unbroken, resumed, strict=True):
+        assert later == results[2:]
+        assert all(torch.equal(state[name], again[name]) for name in state)
+    other = run_ranks(2, train, run_config(model, LAYOUTS[target]), None, steps=range(2, 4), load_from=place)
+    assert [r.loss for r in other[0][0]] == pytest.approx([r.loss for r in unbroken[0][0][2:]], rel=1e-6)
