@@ -21,6 +21,7 @@ from mbfn.megatron.divergence import Shard, best, divergence, label_losses, spar
 from mbfn.megatron.frozen import open_frozen
 from mbfn.megatron.losses import Loss
 from mbfn.megatron.step import Measured
+from tests.megatron.mixtures import mixture
 from tests.megatron.tiny import (
     config_of,
     gradients_of,
@@ -97,6 +98,20 @@ def test_the_mean_of_samples_means_is_exact_at_every_cut() -> None:
         assert {found.tokens for found, _ in ranks} == {int(mask.sum())}
         assert ranks[0][0].mean == pytest.approx(loss.item(), abs=1e-6)
         _assert_gradients(ranks, run, model)
+
+
+def test_the_balance_of_experts_counts_the_same_at_every_scale_of_the_weights() -> None:
+    reference = mixture("qwen3_moe")
+    model = config_of(reference)
+    assert model.moe is not None
+    model = replace(model, moe=replace(model.moe, moe_aux_loss_coeff=0.1))
+    run, weights = run_config(model, ParallelConfig(sharding="none")), weights_of(reference)
+    small = [batch | {"loss_mask": batch["loss_mask"] / 40} for batch in _batches(run)]
+    ((expected, gradients),) = run_ranks(1, gradients_of, run, weights, _batches(run))
+    ((found, own),) = run_ranks(1, gradients_of, run, weights, small)
+    assert found.mean == pytest.approx(expected.mean, abs=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 SETTINGS = {
