@@ -41,7 +41,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(variant: str, kind: str, tm
     logits, found, grads = on_megatron(run, weights, tensors, TOKENS)
     assert (expected - bare).abs().max() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-    assert found == pytest.approx(loss, abs=1e-6)
+    assert found == pytest.approx(loss, abs=1e-5)
     ours = dict(adapter_to_peft({0: grads}, model, adapters, parallel=run.parallel))
     assert ours.keys() == wanted.keys()
     apart = {name: float((grad - _joined(name, grad, ours, wanted)).abs().max()) for name, grad in ours.items()}
