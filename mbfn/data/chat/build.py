@@ -23,7 +23,7 @@ from mbfn.data.pool import ordered_map
 from mbfn.data.sources import RowError, Shard, content_digest, find_files, read_shard, shards_of
 from mbfn.errors import DataError
 
-FORMAT = 1  # of the arrays and of how masks are found
+FORMAT = 2  # of the arrays and of how masks are found
 BAD_ROWS = "bad_rows.jsonl"
 _BATCH = 64  # rows that the tokenizer works on at once
 _OPTIONS = ("form", "turns", "roles", "train_on_prompt", "reasoning", "date", "preference", "bad_rows")
@@ -48,6 +48,7 @@ class Done:
     lengths: list[int] = field(default_factory=list)  # of the samples
     at: list[int] = field(default_factory=list)  # line of each sample's row, within the shard
     bad: list[tuple[int, str]] = field(default_factory=list)
+    trained: int = 0  # tokens
     typed: int = 0  # samples in which control tokens became text
 
 
@@ -61,6 +62,7 @@ class Samples:
     places: NDArray[np.int64]  # (N, 2): file and line of sample i
     files: tuple[str, ...]
     rows: int
+    trained: int  # tokens
     bad: Counter[str]  # rows left out, by reason
     typed: int
     entry: Path
@@ -107,6 +109,7 @@ def build(path: str, tokenizer: Path, data: ChatData, directory: Path) -> None:
     about = {
         "files": [str(file) for file in files],
         "rows": sum(part.rows for part in done),
+        "trained": sum(part.trained for part in done),
         "typed": sum(part.typed for part in done),
         "bad": counts(bad),
     }
@@ -121,6 +124,7 @@ def open_samples(entry: Path) -> Samples:
         **arrays,
         files=tuple(about["files"]),
         rows=about["rows"],
+        trained=about["trained"],
         bad=Counter(about["bad"]),
         typed=about["typed"],
         entry=entry,
@@ -136,7 +140,7 @@ def _work(task: tuple[Order, int, Shard]) -> Done:
     """Tokenise one shard into files of its own."""
     order, number, shard = task
     chat = _chat(order.tokenizer, order.data.chat_template, order.data.date)
-    done, rows, typed, lines = Done(), 0, 0, 0
+    done, rows, typed, trained, lines = Done(), 0, 0, 0, 0
     with (
         (order.scratch / f"{number}.tokens").open("wb") as tokens,
         (order.scratch / f"{number}.mask").open("wb") as mask,
@@ -153,8 +157,8 @@ def _work(task: tuple[Order, int, Shard]) -> Done:
                     _write(sample, order.dtype, tokens, mask)
                     done.lengths.append(len(sample.ids))
                     done.at.append(record.line)
-                    typed += sample.typed > 0
-    return Done(rows=rows, lines=lines, lengths=done.lengths, at=done.at, bad=done.bad, typed=typed)
+                    typed, trained = typed + (sample.typed > 0), trained + int(sample.mask[1:].sum())
+    return Done(rows=rows, lines=lines, lengths=done.lengths, at=done.at, bad=done.bad, trained=trained, typed=typed)
 
 
 def _write(sample: ChatSample, dtype: str, tokens: object, mask: object) -> None:
@@ -179,10 +183,11 @@ def _join(directory: Path, shards: Sequence[Shard], done: Sequence[Done], dtype:
         whole.flush()
     files = list(dict.fromkeys(shard.file for shard in shards))
     before = first_lines(shards, [part.lines for part in done])
-    places = [
-        (files.index(shard.file), first + line)
-        for shard, first, part in zip(shards, before, done, strict=True)
-        for line in part.at
-    ]
+    places, start = np.empty((len(lengths), 2), dtype=np.int64), 0
+    for shard, first, made in zip(shards, before, done, strict=True):
+        stop = start + len(made.at)
+        places[start:stop, 0] = files.index(shard.file)
+        places[start:stop, 1] = np.asarray(made.at, dtype=np.int64) + first
+        start = stop
     np.save(directory / "offsets.npy", offsets)
-    np.save(directory / "places.npy", np.asarray(places, dtype=np.int64).reshape(-1, 2))
+    np.save(directory / "places.npy", places)

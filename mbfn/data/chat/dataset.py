@@ -155,8 +155,8 @@ def _samples(path: str, tokenizer: TokenizerFiles, data: ChatData) -> Samples:
 
 def _drawn(samples: Samples, data: ChatData) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The samples to train on and those held out, in their order; what came from one row stays together."""
-    rows = np.unique(samples.places, axis=0, return_inverse=True)[1].reshape(-1)
-    count = int(rows.max()) + 1
+    rows = np.cumsum(np.diff(samples.places, axis=0, prepend=samples.places[:1]).any(axis=1))
+    count = int(rows[-1]) + 1
     held_out = math.ceil(count * data.valid_fraction)
     if held_out >= count:
         raise DataError(
@@ -249,12 +249,11 @@ def _digest(run: RunConfig, data: ChatData, train: Samples, valid: Samples) -> s
 
 
 def _description(data: ChatData, train: Samples, rows: ChatRows, valid: ChatRows | None, left: Counter[str]) -> str:
-    trained = int(np.add.reduce(train.mask, dtype=np.int64))
     held_out = len(valid.chosen) if valid is not None else 0
     count = len(rows.epoch_bins(0))
     parts = [
         f"{len(rows.chosen):,} samples of {data.path} in {count:,} row{'s' * (count != 1)}, {held_out:,} held out; "
-        f"{trained:,} of {len(train.tokens):,} tokens trained"
+        f"{train.trained:,} of {len(train.tokens):,} tokens trained"
     ]
     if said := _left_out(left):
         parts.append(said)
