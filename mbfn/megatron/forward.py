@@ -119,6 +119,8 @@ def _in_order(scores: Tensor, world: World) -> Tensor:
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [own]
     parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, own.contiguous(), group=group)
     return parts

@@ -18,6 +18,7 @@ from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_megatron
+from tests.megatron.mixtures import MIXTURES
 from tests.megatron.tiny import config_of, hf_model, loss_mask, micro_batches, rows, run_config, train, weights_of
 from tests.ranks import RankError, run_ranks
 
@@ -141,6 +142,21 @@ def test_a_checkpoint_continues_the_run(
     rest = run_ranks(after.world_size, train, runs[1], None, steps=range(3, 6), load_from=kept)[0][0]
     exact = 0.0 if before == after else 2e-5
     assert [step.loss for step in rest] == pytest.approx([step.loss for step in whole[3:]], abs=exact)
+
+
+@pytest.mark.slow
+def test_experts_spread_over_ranks_step_as_on_one_and_their_state_survives(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MIXTURES["qwen3_moe"]().float()
+    start, kept = weights_of(model), str(tmp_path / "half")
+    single, spread = (
+        replace(run_config(config_of(model), parallel), optim=MUON)
+        for parallel in (ParallelConfig(), ParallelConfig(ep=2, sharding="none"))
+    )
+    expected = run_ranks(1, train, single, start, steps=range(6))[0][0]
+    run_ranks(2, train, spread, start, steps=range(3), save_to=kept)
+    rest = run_ranks(2, train, spread, None, steps=range(3, 6), load_from=kept)[0][0]
+    assert [step.loss for step in rest] == pytest.approx([step.loss for step in expected[3:]], abs=1e-4)
 
 
 RULES = OptimConfig(
