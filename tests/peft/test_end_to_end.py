@@ -27,7 +27,7 @@ def test_lora_on_conversations_from_pretraining_to_generation_in_peft(tmp_path: 
     before = {name: tensor.clone() for name, tensor in open_hf(base).items()}
     tuned = ("data=chat", f"data.path={CHATS}", "data.valid_fraction=0.125", f"init.hf={base}", "peft=lora_canonical")
     said = train(
-        tmp_path / "lora", *fields, *tuned, "peft.rank=16", "train.steps=80", "optim.lr=0.01", "train.eval_interval=5"
+        tmp_path / "lora", *fields, *tuned, "peft.rank=16", "train.steps=60", "optim.lr=0.01", "train.eval_interval=5"
     )
     assert "adapters for PEFT" in said
     held_out = [record["valid_loss"] for record in records(tmp_path / "lora") if "valid_loss" in record]
@@ -41,7 +41,7 @@ def test_lora_on_conversations_from_pretraining_to_generation_in_peft(tmp_path: 
     adapted = PeftModel.from_pretrained(frozen, tmp_path / "lora" / "adapter").eval()
     talks.append(_answer(adapted, asked, words))
     assert not talks[0].startswith("Ahoy"), talks
-    assert talks[1].startswith("Ahoy, captain! The "), talks
+    assert talks[1].startswith("Ahoy, captain, the "), talks
     assert json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())["r"] == 16
 
 

@@ -11,8 +11,12 @@ import torch
 import mbfn.megatron as megatron
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
+from mbfn.config.run import RunConfig
+from mbfn.convert import to_megatron
 from mbfn.convert.adapters import adapter_to_megatron, adapter_to_peft
+from mbfn.peft import LowRankAdaptation, seed_dropout
 from mbfn.storage.torch_dist import open_torch_dist
+from tests.megatron.tiny import micro_batches
 from tests.peft.cases import chosen, made, random_adapter, run_of, train, weights_of
 from tests.ranks import run_ranks
 
@@ -116,16 +120,40 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes_bitwise(
     assert [r.loss for r in moved] == pytest.approx([r.loss for r in resumed[0][0]], abs=tolerance)
 
 
+def test_dropout_is_drawn_by_the_number_of_the_batch_and_again_in_recomputation() -> None:
+    model, peft, adapters = chosen("llama", "lora")
+    weights, tensors = weights_of(made("llama")), random_adapter(model, adapters)
+    plain = run_of(model, peft, ParallelConfig(), weight_decay=0.0)
+    dropped = replace(plain, peft=replace(peft, dropout=0.3))
+    again = replace(dropped, train=replace(dropped.train, recompute="full"))
+    whole, resumed, recomputed, without = (
+        _losses(run, weights, tensors, range(start, 3))
+        for run, start in ((dropped, 0), (dropped, 2), (again, 0), (plain, 0))
+    )
+    assert resumed == whole[2:]
+    assert recomputed == whole
+    assert without != whole
+
+
+def _losses(run: RunConfig, weights: dict, tensors: dict, steps: range) -> list[float]:
+    """The losses of batches that change nothing."""
+    with megatron.open_world(run.parallel, device="cpu") as world:
+        own = to_megatron(weights, run.model, parallel=run.parallel)
+        models = megatron.build(run, world, own, LowRankAdaptation(run, world, tensors))
+        found = []
+        for step in steps:
+            seed_dropout(run, world, step)
+            found.append(megatron.train_step(run, world, models, micro_batches(step, run, 0), lr=0.0).loss)
+        return found
+
+
 def test_nothing_is_kept_for_frozen_weights() -> None:
     model, peft, adapters = chosen("llama", "lora")
     ((held, optimised),) = run_ranks(1, _held, run_of(model, peft, ParallelConfig()), weights_of(made("llama")))
     assert held == optimised == sum(adapter.parameters for adapter in adapters)
 
 
-def _held(run: object, weights: object) -> tuple[int, int]:
-    from mbfn.convert import to_megatron
-    from mbfn.peft import LowRankAdaptation
-
+def _held(run: RunConfig, weights: dict) -> tuple[int, int]:
     with megatron.open_world(run.parallel, device="cpu", timeout_s=60) as world:
         own = to_megatron(weights, run.model, parallel=run.parallel)
         models = megatron.build(run, world, own, LowRankAdaptation(run, world))
