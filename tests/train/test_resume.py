@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_named_before_training(tmp_path: Path) -> None:
 
 
 def _on_a_small_disk(run: RunConfig, output: Path, limit: int) -> int:
-    """A rank whose files cannot grow beyond `limit` bytes from its second checkpoint on."""
+    """A rank whose files are limited from its second checkpoint on; only for that one, where saves stop training."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     steps = 0
 
@@ -97,8 +97,10 @@ def _on_a_small_disk(run: RunConfig, output: Path, limit: int) -> int:
         nonlocal steps
         steps += 1
         if steps == 3:
+            while not complete_checkpoints(output / "checkpoints"):
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        if steps == 5:
+        if steps == 5 and not run.checkpoint.async_save:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return 0
 
@@ -112,7 +114,8 @@ def _on_a_small_disk(run: RunConfig, output: Path, limit: int) -> int:
 def test_a_full_disk_ends_the_run_or_leaves_it_without_that_checkpoint(tmp_path: Path, on_failure: str) -> None:
     from tests.ranks import run_ranks
 
-    run = session_run(LAYOUTS["dp2"], steps=8, interval=2, keep_last=9, on_failure=on_failure)
+    beside = on_failure == "stop"
+    run = session_run(LAYOUTS["dp2"], steps=8, interval=2, keep_last=9, on_failure=on_failure, async_save=beside)
     if on_failure == "stop":
         with pytest.raises(RankError, match=r"CheckpointError: .*step_00000004: cannot write: .*the disk is full"):
             run_ranks(2, _on_a_small_disk, run, tmp_path / "run", 20_000)
