@@ -135,7 +135,7 @@ def test_training_starts_from_a_hugging_face_model_on_four_ranks(root: Path, who
 
 
 def test_a_run_for_a_cluster_is_refused_here(root: Path) -> None:
-    big = ("model=llama31_70b", "parallel=tp8pp4", "precision=fp8")
+    big = ("model=llama31_70b", "parallel=tp8pp4", "precision=fp8", "train.seq_length=128")
     code, out, err = finish(start(root / "big", *big))
     assert (code, out) == (1, "")
     assert len(err.splitlines()) == 1
