@@ -266,7 +266,8 @@ class _Watcher:
                 with contextlib.suppress(OSError):
                     write_failure(self._watch.notes, failure)
             if not mine and verdict.host == self._own[0]:
-                _wake(verdict.pid)
+                with contextlib.suppress(OSError):  # a stopped process runs on, notes where it was, and ends
+                    os.kill(verdict.pid, signal.SIGCONT)
         sys.stderr.flush()
         os._exit(failure.exit_code)
 
@@ -296,9 +297,3 @@ def _stack(thread: int | None) -> str:
     frame = sys._current_frames().get(thread or 0)
     lines = traceback.format_stack(frame) if frame else []
     return "".join(["Stack of the rank's main thread (most recent call last):\n", *lines])
-
-
-def _wake(pid: int) -> None:
-    """Let a stopped process run on, to note where it was and end."""
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGCONT)
