@@ -117,6 +117,8 @@ def _union(annotation: object, value: object, path: str, problems: Problems) -> 
         for member in sorted(arms(annotation), key=lambda member: member is not type(value)):
             if not value_problems(member, value, path):
                 return _value(member, value, path, problems)
+        if str in arms(annotation) and not {int, float} & {*arms(annotation)} and isinstance(value, int | float):
+            return _scalar(str, value, path, problems)
         return _report(problems, path, _expected(annotation, value))
     kinds = {kind: cls for cls in classes for kind in get_args(field_hints(cls)["kind"])}
     kind = value.get("kind")

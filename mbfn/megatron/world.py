@@ -92,6 +92,7 @@ def _default_group(rank: int, size: int, device: torch.device, timeout: timedelt
         yield
         dist.barrier()  # a rank that leaves early would break a slower one's last collective
     finally:
+        parallel_state._GLOBAL_MEMORY_BUFFER = None
         dist.destroy_process_group()
 
 

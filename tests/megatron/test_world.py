@@ -27,18 +27,20 @@ def test_groups_are_those_of_parallel_state(parallel: ParallelConfig) -> None:
     ranks = group_ranks(parallel)
     for rank in range(parallel.world_size):
         dist.init_process_group("fake", rank=rank, world_size=parallel.world_size, store=FakeStore())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp,
-            create_gloo_process_groups=False,
-        )
-        found = {name: _mine(rank, groups) for name, groups in ranks.items() if name in _EXPECTED}
-        expected = {name: tuple(dist.get_process_group_ranks(get())) for name, get in _EXPECTED.items()}
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tp,
+                pipeline_model_parallel_size=parallel.pp,
+                context_parallel_size=parallel.cp,
+                expert_model_parallel_size=parallel.ep,
+                expert_tensor_parallel_size=parallel.etp,
+                create_gloo_process_groups=False,
+            )
+            found = {name: _mine(rank, groups) for name, groups in ranks.items() if name in _EXPECTED}
+            expected = {name: tuple(dist.get_process_group_ranks(get())) for name, get in _EXPECTED.items()}
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
         assert found == expected
 
 
