@@ -57,7 +57,8 @@ def _first_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> Bins:
     for start, stop in pairwise(edges):
         size, count = int(sizes[order[start]]), int(stop - start)
         fits = np.flatnonzero(room[:bins] >= size) if size else np.arange(min(bins, 1))
-        taken = np.diff(np.minimum(np.cumsum(room[fits] // size if size else [count] * len(fits)), count), prepend=0)
+        holds = room[fits] // size if size else np.full(len(fits), count)
+        taken = np.diff(np.minimum(np.cumsum(holds), count), prepend=0)
         left, each = count - int(taken.sum()), capacity // size if size else count
         new = -(-left // each)
         fits, taken = np.append(fits, np.arange(bins, bins + new)), np.append(taken, np.full(new, each))

@@ -100,5 +100,5 @@ def _watch(jobs: Mapping[Path, Job], labels: Mapping[Path, str], poll_s: float, 
 def _labels(jobs: Sequence[Job]) -> dict[Path, str]:
     """What tells a run from the others of the sweep: its own overrides."""
     common = set.intersection(*(set(job.command) for job in jobs))
-    own = {job.output_dir: " ".join(part for part in job.command if part not in common) for job in jobs}
+    own = {job.output_dir: " ".join(part.lstrip("+") for part in job.command if part not in common) for job in jobs}
     return {path: text or path.name for path, text in own.items()}

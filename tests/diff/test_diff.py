@@ -48,7 +48,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {},
         {
             "mbfn/config/optim.py": ("beta2: float = 0.95", "beta2: float = 0.99"),
-            "conf/parallel/pp2.yaml": ("pp: 2", "pp: 4"),
+            "conf/parallel/pp2dp2.yaml": ("pp: 2", "pp: 4"),
         },
         {"mbfn/config/optim.py": ("from __future__", "# a comment\nfrom __future__")},
     ]
@@ -59,7 +59,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (path / name).write_text(text.replace(old, new, 1))
         if number == 1:
             (path / "experiments/of_mine.yaml").write_text(
-                "# @package _global_\ndefaults:\n  - override /parallel: pp2\n"
+                "# @package _global_\ndefaults:\n  - override /parallel: pp2dp2\n"
             )
         git(path, "add", "-A")
         git(path, "commit", "-q", "-m", f"commit {number}")
@@ -128,7 +128,7 @@ def test_a_comment_changes_nothing(repo: Path) -> None:
 
 
 def test_one_configuration_of_two_revisions(repo: Path) -> None:
-    (found,) = values("HEAD~2", "HEAD", "parallel=pp2", cwd=repo)
+    (found,) = values("HEAD~2", "HEAD", "parallel=pp2dp2", cwd=repo)
     assert {change["path"] for change in found["changes"]} == {"optim.beta2", "parallel.pp"}
 
 

@@ -76,7 +76,7 @@ def test_a_run_that_fails_is_named_and_the_others_end(box: Box, place: Path) -> 
     code, _, err = sweep(box, there, "mbfn_slurm", f"data.path={text},{text}.none", "data.tokenizer=auto")
     assert code == 1
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert lines[0].startswith(f"error: data.path={text}.none: rank 0: ")
+    assert lines[0].startswith(f"error: data.path={text}.none: rank 0: "), lines
     assert lines[-1] == "error: 1 of 2 runs did not end well"
     rows = shown(box, "mbfn.status", there)
     assert rows[-1] == "2 runs: 1 done, 1 failed"
