@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -36,10 +36,6 @@ class PreviewConfig(RunConfig):
         problems += [(n, f"expected {m} or more") for n, m in (("rows", 1), ("first", 0)) if getattr(self, n) < m]
         if problems:
             raise ConfigError(problems)
-
-    def to_run(self) -> RunConfig:
-        """The run alone."""
-        return RunConfig(**{field.name: getattr(self, field.name) for field in fields(RunConfig)})
 
 
 def preview(config: PreviewConfig, context: RunContext) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from mbfn.config.adapters import adapter_problems, trainable_parameters
 from mbfn.config.bench import BenchmarkConfig, benchmark_problems
@@ -58,6 +58,10 @@ class RunConfig:
         problems += [*precision_problems(self), *fusion_problems(self), *benchmark_problems(self)]
         if problems:
             raise ConfigError(problems)
+
+    def to_run(self) -> RunConfig:
+        """The run alone, where a command's own fields stand beside it."""
+        return RunConfig(**{field.name: getattr(self, field.name) for field in fields(RunConfig)})
 
     @property
     def num_microbatches(self) -> int:

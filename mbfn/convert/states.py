@@ -24,23 +24,31 @@ class Meta:
     dtype: torch.dtype
 
 
-class PlannedState(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for. `known` has their names, so that `in` makes none."""
+
+    def __init__(self, known: Mapping[str, object]) -> None:
+        self._known = known
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known  # a Mapping else would make the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+class PlannedState(LazyTensors):
     """A state dict that exists as plans: `state[name]` reads and lays out that tensor alone, anew each time."""
 
     def __init__(self, plans: Mapping[str, TensorPlan], source: Mapping[str, Tensor]) -> None:
+        super().__init__(plans)
         self._plans, self._source = plans, source
 
     def __getitem__(self, name: str) -> Tensor:
         return gather(self._plans[name], self._source)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._plans  # without reading it, as a Mapping else would
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._plans)
-
-    def __len__(self) -> int:
-        return len(self._plans)
 
     def meta(self, name: str) -> Meta:
         """Shape and dtype of a tensor, without making it."""

@@ -16,7 +16,7 @@ from mbfn.config.parallel import ParallelConfig
 from mbfn.config.run import RunConfig
 from mbfn.convert import to_megatron
 from mbfn.convert.copies import Shape
-from mbfn.convert.states import PlannedState
+from mbfn.convert.states import LazyTensors, PlannedState
 from mbfn.convert.table import Impl, table_of
 from mbfn.errors import ConversionError
 from mbfn.megatron.precision import set_weight
@@ -67,16 +67,32 @@ def _read_ahead(weights: Mapping[str, Tensor], names: Iterable[str]) -> Iterator
             yield first, read.result()
 
 
-class RandomWeights(Mapping[str, Tensor]):
+class SeededTensors(LazyTensors):
+    """fp32 tensors of given shapes, each of which depends on the seed and its own name alone."""
+
+    def __init__(self, shapes: Mapping[str, Shape], seed: int) -> None:
+        super().__init__(shapes)
+        self._shapes, self._seed = shapes, seed
+
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor, without making it."""
+        return torch.empty(self._shapes[name], device="meta")
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(stream_of(self._seed, name))
+
+
+class RandomWeights(SeededTensors):
     """A Hugging Face model of random weights that is made tensor by tensor, when asked for.
 
-    A tensor depends on the seed and its own name alone, so every layout, cut from it, starts from the same model.
+    Every layout, cut from it, starts from the same model.
     Normal with `init_method_std`; output projections of the residual stream are divided by sqrt(2 * num_layers), as
     Megatron does; norms multiply by 1 and biases are 0.
     """
 
     def __init__(self, model: ModelConfig, shapes: Mapping[str, Shape], seed: int) -> None:
-        self._model, self._shapes, self._seed = model, shapes, seed
+        super().__init__(shapes, seed)
+        self._model = model
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -84,21 +100,7 @@ class RandomWeights(Mapping[str, Tensor]):
             return torch.zeros(shape)
         if len(shape) == 1 and not name.endswith("sinks"):
             return torch.full(shape, 0.0 if self._model.zero_centered_gamma else 1.0)
-        generator = torch.Generator().manual_seed(stream_of(self._seed, name))
-        return torch.empty(shape).normal_(0.0, self._std(name), generator=generator)
-
-    def meta(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor, without making it."""
-        return torch.empty(self._shapes[name], device="meta")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # without making it, as a Mapping else would
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+        return torch.empty(shape).normal_(0.0, self._std(name), generator=self._generator(name))
 
     def _std(self, name: str) -> float:
         std = self._model.init_method_std
@@ -111,10 +113,11 @@ def stream_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
-class DeviceWeights(Mapping[str, Tensor]):
+class DeviceWeights(LazyTensors):
     """Random weights of one rank, made where they are used. For measurements alone: another layout has others."""
 
     def __init__(self, planned: PlannedState, device: torch.device, *, std: float, seed: int) -> None:
+        super().__init__(planned)
         self._planned, self._device, self._std, self._seed = planned, device, std, seed
 
     def __getitem__(self, name: str) -> Tensor:
@@ -124,15 +127,6 @@ class DeviceWeights(Mapping[str, Tensor]):
         made = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
         generator = torch.Generator(self._device).manual_seed(stream_of(self._seed, name))
         return made.normal_(0.0, self._std, generator=generator)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._planned  # without making it, as a Mapping else would
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._planned)
-
-    def __len__(self) -> int:
-        return len(self._planned)
 
 
 def device_weights(run: RunConfig, world: World) -> DeviceWeights:

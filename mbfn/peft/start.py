@@ -11,44 +11,25 @@ from torch import Tensor
 from mbfn.config.adapters import Adapter
 from mbfn.config.run import RunConfig
 from mbfn.convert.adapters import adapter_table, adapter_to_megatron
-from mbfn.convert.copies import Shape
 from mbfn.convert.plans import Layout, rank_plans
 from mbfn.convert.states import PlannedState
 from mbfn.megatron.settings import choose_impl
-from mbfn.megatron.weights import stream_of
+from mbfn.megatron.weights import SeededTensors
 from mbfn.megatron.world import World
 
 
-class FreshAdapters(Mapping[str, Tensor]):
-    """As PEFT starts them: A uniform as a new linear of torch, B zero. Of the seed and a tensor's name alone.
+class FreshAdapters(SeededTensors):
+    """As PEFT starts them: A uniform as a new linear of torch, B zero.
 
     DoRA's lengths are ones here; they are those of the weights once these are there.
     """
-
-    def __init__(self, shapes: Mapping[str, Shape], seed: int) -> None:
-        self._shapes, self._seed = shapes, seed
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if not name.endswith("lora_A.weight"):
             return torch.ones(shape) if len(shape) == 1 else torch.zeros(shape)
         bound = 1 / math.sqrt(shape[-1])
-        return torch.empty(shape).uniform_(
-            -bound, bound, generator=torch.Generator().manual_seed(stream_of(self._seed, name))
-        )
-
-    def meta(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor, without making it."""
-        return torch.empty(self._shapes[name], device="meta")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # without making it, as a Mapping else would
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+        return torch.empty(shape).uniform_(-bound, bound, generator=self._generator(name))
 
 
 class Joined(Mapping[str, Tensor]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from mbfn.config.run import RunConfig
@@ -33,7 +33,3 @@ class PlanConfig(RunConfig):
             require(value is None or value > 0, name, f"expected above 0, got {value}", problems)
         if problems:
             raise ConfigError(problems)
-
-    def to_run(self) -> RunConfig:
-        """The run alone."""
-        return RunConfig(**{field.name: getattr(self, field.name) for field in fields(RunConfig)})

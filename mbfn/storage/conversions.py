@@ -134,7 +134,7 @@ def plan_export(checkpoint_dir: Path, care: Care, model: ModelConfig | None = No
             items,
             model,
             config=_recast(_exported_config(carried, model), care),
-            extra_files=carried_files(carried) if carried.is_dir() else (),
+            extra_files=_carried_files(carried),
             max_shard_bytes=care.max_file_bytes or MAX_SHARD_BYTES,
         )
         yield Conversion(
@@ -175,8 +175,8 @@ def plan_reshard(
             described=Described(
                 model=model,
                 parallel=parallel,
-                config=read_json(carried / "config.json") if (carried / "config.json").exists() else None,
-                extra_files=carried_files(carried) if carried.is_dir() else (),
+                config=_carried_config(carried),
+                extra_files=_carried_files(carried),
             ),
             max_file_bytes=care.max_file_bytes or MAX_FILE_BYTES,
         )
@@ -250,12 +250,20 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 def _exported_config(carried: Path, model: ModelConfig) -> Mapping[str, object]:
     """The config.json that came with the weights where it still describes them, else one made from the model."""
-    file = carried / "config.json"
-    if file.exists():
-        config = read_json(file)
-        if replace(model_from_hf(config), params_dtype=model.params_dtype) == model:
-            return config
+    config = _carried_config(carried)
+    if config is not None and replace(model_from_hf(config), params_dtype=model.params_dtype) == model:
+        return config
     return model_to_hf(model)
+
+
+def _carried_config(carried: Path) -> Mapping[str, object] | None:
+    """The config.json that came with the weights, if one did."""
+    return read_json(carried / "config.json") if (carried / "config.json").exists() else None
+
+
+def _carried_files(carried: Path) -> tuple[Path, ...]:
+    """The other files that came with the weights."""
+    return carried_files(carried) if carried.is_dir() else ()
 
 
 def _recast(config: Mapping[str, object], care: Care) -> Mapping[str, object]:

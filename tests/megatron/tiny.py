@@ -196,15 +196,23 @@ def train(
     repeats = run.train.deterministic
     with megatron.open_world(run.parallel, device="cpu", timeout_s=60, deterministic=repeats) as world:
         models = megatron.build(run, world, _of_rank(run, weights, world.rank))
-        if load_from:
-            assert megatron.load(load_from, run, world, models) == {"step": steps.start}
-        results = []
-        for step in steps:
-            batch = micro_batches(step, run, world.coordinates.dp)
-            results.append(megatron.train_step(run, world, models, batch, lr=run.optim.lr))
-        if save_to:
-            megatron.save(save_to, run, world, models, {"step": steps.stop})
+        results = take_steps(run, world, models, steps, save_to=save_to, load_from=load_from)
         return results, {name: value.clone() for name, value in megatron.state_dict(models).items()}
+
+
+def take_steps(
+    run: RunConfig, world: megatron.World, models: megatron.Models, steps: range, *, save_to: str, load_from: str
+) -> list[megatron.StepResult]:
+    """The results of `steps`, between the checkpoints that are named."""
+    if load_from:
+        assert megatron.load(load_from, run, world, models) == {"step": steps.start}
+    results = []
+    for step in steps:
+        batch = micro_batches(step, run, world.coordinates.dp)
+        results.append(megatron.train_step(run, world, models, batch, lr=run.optim.lr))
+    if save_to:
+        megatron.save(save_to, run, world, models, {"step": steps.stop})
+    return results
 
 
 def gradients_of(

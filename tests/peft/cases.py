@@ -28,7 +28,17 @@ from mbfn.megatron.step import forward_backward
 from mbfn.peft import LowRankAdaptation
 from mbfn.storage.adapters import save_adapter
 from tests.megatron.mixtures import MIXTURES, mixture
-from tests.megatron.tiny import FP32, VARIANTS, config_of, hf_model, loss_mask, micro_batches, rows, run_config
+from tests.megatron.tiny import (
+    FP32,
+    VARIANTS,
+    config_of,
+    hf_model,
+    loss_mask,
+    micro_batches,
+    rows,
+    run_config,
+    take_steps,
+)
 
 LAYER = AdapterOverride(target="layers.1.*", rank=6, alpha=3.0)
 KINDS: Mapping[str, PeftConfig] = {
@@ -135,14 +145,7 @@ def train(
         own = to_megatron(weights, run.model, parallel=run.parallel, rank=world.rank)
         models = megatron.build(run, world, own, LowRankAdaptation(run, world, tensors))
         frozen = {n: w.detach().clone() for n, w in megatron.chunk_tensors(models.chunks).items() if MARK not in n}
-        if load_from:
-            assert megatron.load(load_from, run, world, models) == {"step": steps.start}
-        results = []
-        for step in steps:
-            batch = micro_batches(step, run, world.coordinates.dp)
-            results.append(megatron.train_step(run, world, models, batch, lr=run.optim.lr))
-        if save_to:
-            megatron.save(save_to, run, world, models, {"step": steps.stop})
+        results = take_steps(run, world, models, steps, save_to=save_to, load_from=load_from)
         after = megatron.state_dict(models)
         same = all(torch.equal(after[name], value) for name, value in frozen.items())
         return results, {n: v.clone() for n, v in after.items() if MARK in n}, same
