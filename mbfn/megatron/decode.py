@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbfn.megatron.cache import Cursor, cached
-from mbfn.megatron.forward import evaluating, from_last_stage, over_vocabulary, pass_through
+from mbfn.megatron.forward import evaluating, from_last_stage, length_multiple, over_vocabulary, pass_through
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.rotary import short_context
 from mbfn.megatron.sparse import check_length
@@ -62,9 +62,10 @@ def continuation(
     if config.dsa_indexer_n_heads:
         check_length(config.dsa_indexer_topk or 0, len(prompt) + new_tokens, "new_tokens")
     sampler = torch.Generator().manual_seed(sampling.seed)
-    multiple = _multiple(world, chunks[0], len(prompt) + new_tokens)
+    whole = len(prompt) + new_tokens
+    multiple = _multiple(world, chunks[0], whole, whole)
     longest = short_context(chunks[0])
-    with evaluating(chunks), cached(chunks, len(prompt) + new_tokens + 2 * multiple) as cursor:
+    with evaluating(chunks), cached(chunks, whole + 2 * multiple) as cursor:
         own = text = list(prompt)
         for _ in range(new_tokens):
             token = _agreed(choose(next_scores(world, chunks, own, cursor), sampling, sampler), world)
@@ -82,7 +83,7 @@ def next_scores(world: World, chunks: Sequence[LanguageModel], tokens: Sequence[
     To be called inside `cached`. Collective. Shapes: -> (V,) fp32
     """
     start, count = cursor.start, len(tokens)
-    padded = count + -count % _multiple(world, chunks[0], count)
+    padded = count + -count % _multiple(world, chunks[0], count, start + count)
     batch = torch.zeros(1, padded, dtype=torch.int64)
     batch[0, :count] = torch.tensor(tokens)
     positions = torch.arange(start, start + padded, device=world.device)
@@ -105,12 +106,12 @@ def choose(scores: Tensor, sampling: Sampling, sampler: torch.Generator) -> int:
     return int(order[torch.multinomial(shares * keep, 1, generator=sampler)])
 
 
-def _multiple(world: World, model: LanguageModel, count: int) -> int:
-    """What the length of a pass has to divide by. Tokens that fill it up come after the text, unseen by it."""
+def _multiple(world: World, model: LanguageModel, count: int, text: int) -> int:
+    """What the length of a pass of `count` tokens has to divide by. What fills it up comes after the text, unseen."""
     parallel = world.parallel
     multiple = parallel.tp if parallel.sequence_parallel else 1
-    if world.device.type == "cuda" and count > 1:
-        multiple = math.lcm(multiple, 64)  # few shapes to compile kernels for
+    if count > 1:
+        multiple = length_multiple(world, model, multiple, text)
     return math.lcm(multiple, 16 * multiple) if model.config.fp8 else multiple
 
 

@@ -18,7 +18,10 @@ from mbfn.megatron.graphs import eager
 from mbfn.megatron.kernels import without_buffers
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.modules import zigzag
+from mbfn.megatron.rotary import short_context
 from mbfn.megatron.world import World
+
+_FEW_SHAPES = 64  # tokens
 
 
 def logits(
@@ -28,7 +31,7 @@ def logits(
 
     Shapes: tokens (B, S) -> (B, S, V)
     """
-    padded, cp = _padded(tokens, world), world.parallel.cp
+    padded, cp = _padded(tokens, world, chunks[0]), world.parallel.cp
     positions = zigzag(padded.size(1), cp, world.coordinates.cp).to(world.device)
     with torch.no_grad(), evaluating(chunks):
         own = pass_through(world, chunks, padded.index_select(1, positions), positions, images=images)
@@ -100,13 +103,24 @@ def evaluating(chunks: Sequence[LanguageModel]) -> Iterator[None]:
             chunk.train(before)
 
 
-def _padded(tokens: Tensor, world: World) -> Tensor:
+def length_multiple(world: World, model: LanguageModel, multiple: int, text: int) -> int:
+    """What the length of a pass is to divide by, `multiple` being what ranks need and `text` ending the real tokens.
+
+    On a GPU more, for few shapes to compile kernels for; but not where a text filled up so would be one that a model
+    takes differently: turned at other frequencies, or longer than what an index picks.
+    """
+    wide, config = math.lcm(multiple, _FEW_SHAPES), model.config
+    picked = config.dsa_indexer_topk if config.dsa_indexer_n_heads else None
+    ends = [end for end in (short_context(model), picked) if end]
+    differs = any(text <= end < text + wide for end in ends if end % wide)
+    return multiple if world.device.type == "cpu" or differs else wide
+
+
+def _padded(tokens: Tensor, world: World, model: LanguageModel) -> Tensor:
     """Tokens, padded to a length that sequence and context parallelism can cut; the causal mask hides the rest."""
-    parallel = world.parallel
-    multiple = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
-    if world.device.type == "cuda":
-        multiple = math.lcm(multiple, 64)  # few shapes to compile kernels for
-    missing = -tokens.size(1) % multiple
+    parallel, length = world.parallel, tokens.size(1)
+    needed = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
+    missing = -length % length_multiple(world, model, needed, length)
     return torch.nn.functional.pad(tokens.to(world.device), (0, missing))
 
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
+    router_gating_linear,
     sinkhorn,
     topk_routing_with_score_function,
 )
@@ -132,6 +133,15 @@ class Router(TopKRouter):
         if biased:
             self.bias = torch.nn.Parameter(torch.zeros_like(self.weight[:, 0]))
             self.bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def gating(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Logits in fp32. Shapes: (S, B, H) -> (S, B, E).
+
+        Transformer Engine's product with an output in fp32 takes a bias of 16 bits for one of 32.
+        """
+        if self.bias is None:
+            return super().gating(input)
+        return router_gating_linear(input, self.weight, None, torch.float32) + self.bias.float()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and map of the chosen experts. Shapes: logits (S, B, E) -> twice (S * B, E)."""

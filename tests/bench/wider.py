@@ -15,17 +15,18 @@ def scaled(model: PreTrainedModel) -> PreTrainedModel:
     """A model as this one, widths twice as large and multiples of 64, those of heads of 32."""
     config = copy.deepcopy(model.config)
     text = getattr(config, "text_config", config)
+    turning = text.rotary_dim / text.head_dim if hasattr(text, "rotary_dim") else 1.0
     for name, value in list(vars(text).items()):
         if isinstance(value, int) and WIDTHS.fullmatch(name):
             setattr(text, name, -(-2 * value // 64) * 64)
         elif isinstance(value, int) and HEADS.fullmatch(name):
             setattr(text, name, -(-2 * value // 32) * 32)
-    _agree(config, text)
+    _agree(config, text, turning)
     return type(model)(config)
 
 
-def _agree(config: PretrainedConfig, text: PretrainedConfig) -> None:
-    """Sizes that follow from others."""
+def _agree(config: PretrainedConfig, text: PretrainedConfig, turning: float) -> None:
+    """Sizes that follow from others, `turning` being the share of a head that turns."""
     text.hidden_size = max(text.hidden_size, 32 * text.num_attention_heads)
     if hasattr(text, "qk_rope_head_dim"):
         text.qk_head_dim = text.qk_nope_head_dim + text.qk_rope_head_dim
@@ -36,7 +37,8 @@ def _agree(config: PretrainedConfig, text: PretrainedConfig) -> None:
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rope = getattr(text, "rope_parameters", None) or {}
     if hasattr(text, "rotary_dim"):
-        text.rotary_dim = int(size * rope["partial_rotary_factor"])
+        text.rotary_dim = int(size * turning)
+        rope["partial_rotary_factor"] = turning  # releases of transformers differ in which of the two they read
     if "mrope_section" in rope:
         rope["mrope_section"] = [size // 2 - size // 6 * 2, size // 6, size // 6]
     if "long_factor" in rope:

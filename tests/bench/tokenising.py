@@ -1,6 +1,6 @@
 """Tokenisation beside `datasets.map` with the same tokenizer, documents and number of processes.
 
-    python -m tests.bench.tokenize [megabytes=20] [workers=2] [repeat=3]
+    python -m tests.bench.tokenising [megabytes=20] [workers=2] [repeat=3]
 
 Each act runs in a process of its own, in turn, `repeat` times; medians and their ratio are printed. `datasets.map` is
 given batches, the Rust tokenizer, and its Arrow output, which is what its users write. Nothing is asserted.
@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-OURS = "import sys; from tests.bench.tokenize import ours; ours(*sys.argv[1:])"
-THEIRS = "import sys; from tests.bench.tokenize import theirs; theirs(*sys.argv[1:])"
+OURS = "import sys; from tests.bench.tokenising import ours; ours(*sys.argv[1:])"
+THEIRS = "import sys; from tests.bench.tokenising import theirs; theirs(*sys.argv[1:])"
 
 
 def main() -> None:
