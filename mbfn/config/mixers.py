@@ -26,6 +26,11 @@ class MambaConfig:
     norm_before_gate: bool = False
     time_step_min: float = 0.0  # least step that a token moves the state by
 
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Of values and of keys."""
+        return self.mamba_head_dim, self.mamba_state_dim
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedDeltaNetConfig:
@@ -36,6 +41,11 @@ class GatedDeltaNetConfig:
     linear_key_head_dim: int
     linear_value_head_dim: int
     linear_conv_kernel_dim: int = 4
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Of values and of keys."""
+        return self.linear_value_head_dim, self.linear_key_head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

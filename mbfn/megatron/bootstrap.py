@@ -52,18 +52,21 @@ def _load_core() -> None:
 
 @contextlib.contextmanager
 def _static_shapes() -> Iterator[None]:
-    """Compile fused functions for each shape: at the second one torch else makes a kernel for all, 3 times slower.
+    """Compile fused functions, those without a kernel here, for each shape: at the second one torch else makes a
+    kernel for all, 3 times slower.
 
     But for those of experts, whose tokens differ from call to call: past eight shapes torch compiles none.
     """
     import torch._dynamo
 
     torch._dynamo.config.automatic_dynamic_shapes = False
-    compiler = torch.compile
+    compiler, kernels = torch.compile, _own_kernels()
 
     def compiled(function: Callable | None = None, **settings: Any) -> Callable:
         if function is None:
             return functools.partial(compiled, **settings)
+        if function.__name__ in kernels:
+            return kernels[function.__name__]
         made = compiler(function, **settings)
         return of_any_length(made) if function.__name__.startswith("weighted_") else made
 
@@ -72,6 +75,13 @@ def _static_shapes() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiler
+
+
+def _own_kernels() -> dict[str, Callable]:
+    """By the names of Megatron's functions that they stand for."""
+    from mbfn.megatron.swiglu_kernel import swiglu_back, weighted_swiglu_back
+
+    return {"swiglu_back": swiglu_back, "weighted_swiglu_back": weighted_swiglu_back}
 
 
 def of_any_length(function: Callable) -> Callable:

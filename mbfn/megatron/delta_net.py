@@ -1,22 +1,19 @@
-"""Gated delta net, exact and on torch alone where its kernels are missing.
-
-Megatron's own module needs them to be built at all; names and shapes here are its own.
-"""
+"""Gated delta net. Megatron's own module needs kernels to be built at all; names and shapes here are its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.gated_delta_net import chunk_gated_delta_rule, torch_chunk_gated_delta_rule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mbfn.config.mixers import GatedDeltaNetConfig
 from mbfn.megatron.modules import new_device
-from mbfn.megatron.recurrent import HeadNorm, StateMixer, causal_convolution, new_parameter
+from mbfn.megatron.packed import Segments
+from mbfn.megatron.recurrent import HeadNorm, StateMixer, new_parameter
+from mbfn.megatron.scans import Scans
 
 
 class GatedDeltaNet(StateMixer):
@@ -34,7 +31,7 @@ class GatedDeltaNet(StateMixer):
         **_: Any,
     ) -> None:
         super().__init__(config, projections, pg_collection)
-        self.sizes = sizes
+        self.sizes, self.head_sizes = sizes, sizes.head_sizes
         keys = sizes.linear_num_key_heads * sizes.linear_key_head_dim
         values, heads = sizes.linear_num_value_heads * sizes.linear_value_head_dim, sizes.linear_num_value_heads
         tp = self.tp_group.size()
@@ -48,24 +45,14 @@ class GatedDeltaNet(StateMixer):
         self.A_log, self.dt_bias = new_parameter(config, heads // tp), new_parameter(config, heads // tp)
         self.out_norm = HeadNorm(config, sizes.linear_value_head_dim, self.tp_group)
 
-    def mixed(self, projected: Tensor) -> Tensor:
+    def mixed(self, projected: Tensor, scans: Scans, rows: Segments | None) -> Tensor:
         """Shapes: (B, S, rows / tp) -> (B, S, values / tp)."""
         wide, sizes = sum(self.parts[self.channels]), self.sizes
         qkv, gate, beta, alpha = projected.split([wide, *self.parts[3:]], dim=-1)
-        qkv = causal_convolution(qkv, self.conv1d.weight, None)
+        qkv = scans.convolution(qkv, self.conv1d.weight, None, rows)
         query, key, value = qkv.split(self.parts[self.channels], dim=-1)
-        repeats = sizes.linear_num_value_heads // sizes.linear_num_key_heads
-        query, key = (
-            _unit(x.unflatten(-1, (-1, sizes.linear_key_head_dim))).repeat_interleave(repeats, dim=2)
-            for x in (query, key)
-        )
+        query, key = (x.unflatten(-1, (-1, sizes.linear_key_head_dim)) for x in (query, key))
         value, gate = (x.unflatten(-1, (-1, sizes.linear_value_head_dim)) for x in (value, gate))
         decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
-        rule = chunk_gated_delta_rule if projected.is_cuda and chunk_gated_delta_rule else torch_chunk_gated_delta_rule
-        out, _ = rule(query, key, value.contiguous(), g=decay, beta=beta.sigmoid())
+        out = scans.delta(query, key, value, decay, beta.sigmoid(), rows)
         return (self.out_norm(out) * F.silu(gate.float())).to(out.dtype).flatten(2)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

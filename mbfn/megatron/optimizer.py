@@ -49,7 +49,7 @@ def wrap(
             DistributedDataParallel(config, reduce, body, disable_bucketing=i > 0, pg_collection=world.groups)
             for i, body in enumerate(bodies)
         )
-    optimizer = make_optimizer(run, world, chunks, ddp)
+    optimizer = make_optimizer(run, world, chunks, ddp, impl=impl)
     prime(optimizer)
     _hook(config, ddp, optimizer, overlap=run.optim.overlap_grad_reduce, gather=run.optim.overlap_param_gather)
     return Models(chunks=tuple(chunks), ddp=ddp, optimizer=optimizer, config=config, impl=impl)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import megatron.core.optimizer as core_optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -18,7 +19,10 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from mbfn.config.optim import OptimConfig
 from mbfn.config.run import RunConfig
+from mbfn.convert.table import Impl
 from mbfn.errors import ConfigError, LaunchError
+from mbfn.megatron.adam import one_pass_adam, updates_in_one_pass
+from mbfn.megatron.device import attributes
 from mbfn.megatron.model import LanguageModel
 from mbfn.megatron.precision import optimizer_settings
 from mbfn.megatron.settings import DTYPES, cuts_states
@@ -30,7 +34,7 @@ Multipliers = tuple[float, float]  # of the learning rate and of the weight deca
 
 
 def make_optimizer(
-    run: RunConfig, world: World, chunks: Sequence[LanguageModel], ddp: Sequence[DistributedDataParallel]
+    run: RunConfig, world: World, chunks: Sequence[LanguageModel], ddp: Sequence[DistributedDataParallel], *, impl: Impl
 ) -> MegatronOptimizer:
     """The optimizer of this rank's weights. Collective.
 
@@ -40,17 +44,19 @@ def make_optimizer(
         raise LaunchError("optim.optimizer: Muon is in the package emerging-optimizers; install it, or use adamw")
     named = list(_named(chunks))
     _check_rules(run.optim, [name for name, _ in named])
-    return get_megatron_optimizer(
-        optimizer_config(run),
-        list(ddp),
-        config_overrides=_overrides(run.optim, named),
-        use_gloo_process_groups=False,
-        pg_collection=world.groups,
-    )
+    one_pass, max_norm = updates_in_one_pass(run, impl), run.optim.clip_grad or math.inf
+    with attributes(core_optimizer, {"Adam": one_pass_adam(max_norm)} if one_pass else {}):
+        return get_megatron_optimizer(
+            optimizer_config(run, clip_grad=0.0 if one_pass else max_norm),
+            list(ddp),
+            config_overrides=_overrides(run.optim, named),
+            use_gloo_process_groups=False,
+            pg_collection=world.groups,
+        )
 
 
-def optimizer_config(run: RunConfig) -> OptimizerConfig:
-    """The optimizer and its number formats. An infinite clip still measures the gradient norm."""
+def optimizer_config(run: RunConfig, *, clip_grad: float) -> OptimizerConfig:
+    """The optimizer and its number formats. An infinite clip measures the gradient norm; 0 leaves both to others."""
     optim, precision = run.optim, run.precision
     fields: dict[str, Any] = {f"muon_{name}": value for name, value in asdict(optim.muon).items()}
     if precision.precision_aware:
@@ -77,7 +83,7 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,
         sgd_momentum=optim.sgd_momentum,
-        clip_grad=optim.clip_grad or math.inf,
+        clip_grad=clip_grad,
         bf16=precision.params == "bf16" and run.parallel.sharding != "fsdp2",  # which cuts the fp32 weights
         fp16=precision.params == "fp16",
         params_dtype=DTYPES[precision.params],

@@ -1,4 +1,4 @@
-"""What mixers with a state share: the convolution before it, parts cut one by one, samples by themselves."""
+"""What mixers with a state share: projections, parts cut one by one, a norm of heads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mbfn.megatron.modules import new_device
 from mbfn.megatron.packed import Segments
+from mbfn.megatron.scans import Scans, choose_scans
 
 _CUT_MODULES = ("conv1d", "norm")  # modules whose weights have a share of every rank's
 
@@ -33,6 +34,7 @@ class StateMixer(MegatronModule):
     cut: tuple[str, ...] = ()  # parameters of this module's own that are cut over their first dimension
     parts: tuple[int, ...] = ()  # rows of `in_proj` on this rank, block by block
     channels: slice = slice(0)  # of them, the blocks that the convolution sees
+    head_sizes: tuple[int, ...] = ()
 
     def __init__(
         self, config: TransformerConfig, projections: tuple[Any, Any], pg_collection: ProcessGroupCollection
@@ -60,11 +62,11 @@ class StateMixer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Shapes: (S, B, H) -> (S, B, H); samples of a packed row start from an empty state."""
         projected, _ = self.in_proj(hidden_states)
-        lengths = packed_seq_params.lengths if packed_seq_params is not None else (projected.size(0),)
-        samples = [self.mixed(sample.transpose(0, 1)) for sample in projected.split(lengths)]
-        return self.out_proj(torch.cat(samples, dim=1).transpose(0, 1).contiguous())
+        scans = choose_scans(projected.device, projected.dtype, self.head_sizes)[0]
+        mixed = self.mixed(projected.transpose(0, 1), scans, packed_seq_params)
+        return self.out_proj(mixed.transpose(0, 1).contiguous())
 
-    def mixed(self, projected: Tensor) -> Tensor:
+    def mixed(self, projected: Tensor, scans: Scans, rows: Segments | None) -> Tensor:
         """Shapes: (B, S, rows / tp) -> (B, S, inner / tp)."""
         raise NotImplementedError
 
@@ -114,12 +116,6 @@ def in_parts(entry: ShardedTensor, parts: Sequence[int], group: torch.distribute
         return boxes
 
     return ShardedTensorFactory(entry.key, entry.data, build, torch.cat, entry.replica_id)
-
-
-def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Each channel over its last tokens, then SiLU. Shapes: x (B, S, C), weight (C, 1, K) -> (B, S, C)."""
-    padded = F.pad(x.transpose(1, 2), (weight.size(-1) - 1, 0))
-    return F.silu(F.conv1d(padded, weight, bias, groups=weight.size(0))).transpose(1, 2)
 
 
 class HeadNorm(nn.Module):

@@ -10,7 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mbfn.config.recipes import resolved_precision
 from mbfn.config.run import RunConfig
+from mbfn.megatron.adam import updates_in_one_pass
 from mbfn.megatron.optimizer import Models
+from mbfn.megatron.scans import choose_scans
 from mbfn.megatron.world import World
 
 _NO_TE = "of Transformer Engine, which needs a CUDA GPU and its package"
@@ -38,8 +40,9 @@ def choices(run: RunConfig, world: World, models: Models) -> tuple[Choice, ...]:
             _modules(models),
             _formats(run, world),
             _kernels(run, models),
+            _scans(run, world, models.config),
             _experts(models.config),
-            _optimizer(run),
+            _optimizer(run, models),
         )
         for name, value, reason in part
     )
@@ -101,7 +104,8 @@ def _kernels(run: RunConfig, models: Models) -> Iterator[tuple[str, str, str]]:
     if config.fused_single_qkv_rope:
         yield "queries and keys", "rotated in place", "fusion.fused_single_qkv_rope"
     on_gpu = bool(config.bias_activation_fusion)
-    yield "activation", "fused" if on_gpu else "plain", "compiled by torch" if on_gpu else "no GPU to compile it for"
+    why = "compiled by torch; SwiGLU's gradient in a Triton kernel" if on_gpu else "no GPU to compile it for"
+    yield "activation", "fused" if on_gpu else "plain", why
     yield "cross entropy", config.cross_entropy_fusion_impl, "one kernel over the logits" if te else _NO_TE
     yield (
         "weight gradients",
@@ -111,6 +115,13 @@ def _kernels(run: RunConfig, models: Models) -> Iterator[tuple[str, str, str]]:
     why = "train.cuda_graph_impl" if graphs != "none" else "kernels fill 98.7% of a step of 1B parameters on an H200"
     yield "CUDA graphs", graphs, why
     yield "recompute", run.train.recompute, "train.recompute"
+
+
+def _scans(run: RunConfig, world: World, config: TransformerConfig) -> Iterator[tuple[str, str, str]]:
+    for sizes in (run.model.mamba, run.model.gdn):
+        if sizes is not None:
+            scans, why = choose_scans(world.device, config.params_dtype, sizes.head_sizes)
+            yield "layers with a state", scans.name, why
 
 
 def _experts(config: TransformerConfig) -> Iterator[tuple[str, str, str]]:
@@ -123,11 +134,19 @@ def _experts(config: TransformerConfig) -> Iterator[tuple[str, str, str]]:
     yield "router", "fused" if fused else "plain", "fusion.moe_router_fusion"
 
 
-def _optimizer(run: RunConfig) -> Iterator[tuple[str, str, str]]:
+def _optimizer(run: RunConfig, models: Models) -> Iterator[tuple[str, str, str]]:
     precision, ranks = run.precision, run.parallel.data_parallel_size * run.parallel.cp
     states = "precision-aware" if precision.precision_aware else "fp32 states"
     why = f"moments {precision.exp_avg}, {precision.exp_avg_sq}; master weights {precision.main_params}"
     yield "optimizer", f"{run.optim.optimizer} with {states}", why
+    if updates_in_one_pass(run, models.impl):
+        yield "update", "one pass", "clipping, moments and weights in one Triton kernel, every byte once"
+    else:
+        yield (
+            "update",
+            "pass by pass",
+            "the kernel of one pass is for AdamW on a GPU, uncut or cut by zero1, no FP8 weights",
+        )
     yield "optimizer state", _share(run), "one rank" if ranks == 1 else f"parallel.sharding={run.parallel.sharding}"
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         wanted = getattr(run.optim, name)

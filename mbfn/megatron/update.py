@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from mbfn.megatron.adam import clip_update
 from mbfn.megatron.device import attributes
 
 Judge = Callable[[float, float | None], str]  # loss, gradient norm once it is known -> the fault; empty: none
@@ -41,14 +42,18 @@ def update(optimizer: MegatronOptimizer, loss: float, judge: Judge) -> Update:
     measure, apply = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
     def get_grad_norm() -> float:
-        norms.append(measure())
+        norms.append(float(measure()))
         return norms[-1]
 
     def step_with_ready_grads() -> bool:
-        faults.append(judge(loss, norms[-1] if norms else get_grad_norm()))
-        return False if faults[-1] else apply()
+        norm = norms[-1] if norms else get_grad_norm()
+        faults.append(judge(loss, norm))
+        if faults[-1]:
+            return False
+        clip_update(optimizer, norm)
+        return apply()
 
     gates: dict[str, Any] = {"get_grad_norm": get_grad_norm, "step_with_ready_grads": step_with_ready_grads}
     with attributes(optimizer, gates):
-        done, norm, _ = optimizer.step()
-    return Update(done=done, grad_norm=math.nan if norm is None else float(norm), fault=faults[-1] if faults else "")
+        done, *_ = optimizer.step()
+    return Update(done=done, grad_norm=norms[-1] if norms else math.nan, fault=faults[-1] if faults else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import os
 import runpy
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def main() -> None:
 
 def _wait_for_memory() -> None:
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", visible]
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end:
         used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

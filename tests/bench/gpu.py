@@ -6,7 +6,8 @@
 `rows` defaults to all that this machine has GPUs for. `8b_tensorwise+dpa+head` is a row with changes of mbfn's side,
 and has no other. Both sides' lines go to DIR/bench.jsonl, the output of those that fail to DIR/failures.log; a table
 with the ratios of step times follows. `extra` adds overrides to mbfn's side, whose rows `tag` then marks. No row starts
-after `limit` seconds, and none outlives them by more than a minute.
+after `limit` seconds, and none outlives them by more than a minute. CUDA_VISIBLE_DEVICES picks the GPUs: calls on
+different ones may run side by side and share DIR.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_SCRATCH = Path("/tmp/mbfn_bench")
-_LOCK = "/tmp/mbfn_bench.lock"
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+_SCRATCH = Path("/tmp/mbfn_bench") / (_VISIBLE or "all")
+_LOCK = str(_SCRATCH / "gpu.lock")
 _ROW_LIMIT_S = 200
 _LEAN = ("precision.grads=bf16", "precision.exp_avg=bf16", "precision.exp_avg_sq=bf16")
 _OVERLAP = ("optim.overlap_grad_reduce=true", "optim.overlap_param_gather=true")
@@ -82,6 +84,16 @@ ROWS = (
     _row("8b_tp2_bf16", _8B2, "parallel=tp2", gpus=2, plain=["tp=2"]),
     _row("8b_tp2_tensorwise", _8B2, "parallel=tp2", gpus=2, plain=["tp=2"]),
     _row("8b_dp2_bf16", _8B2, "parallel=dp2", *_OVERLAP, gpus=2, plain=["overlap=true"]),
+    _row("8b_lora_dp2", _8B2, "parallel=dp2", "peft=lora", *_OVERLAP, gpus=2, plain=["lora=32", "overlap=true"]),
+    _row(
+        "8b_packed_dp2",
+        _8B2,
+        "parallel=dp2",
+        "benchmark.packed_samples=8",
+        *_OVERLAP,
+        gpus=2,
+        plain=["packed=8", "overlap=true"],
+    ),
     _row("8b_pp2_bf16", _8B2, "parallel=pp2", gpus=2, plain=["pp=2"]),
     _row("8b_pp2vpp2_bf16", _8B2, "parallel=pp2", "parallel.vpp=2", gpus=2, plain=["pp=2", "vpp=2"]),
     _row("8b_tp2dp2_bf16", _8B4, "parallel=tp2dp2", *_OVERLAP, gpus=4, plain=["tp=2", "overlap=true"]),
@@ -237,7 +249,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
     print(shown, end="", flush=True)
-    gpus, sides = len(shown.splitlines()), given.get("sides", "mbfn,plain").split(",")
+    gpus = len(_VISIBLE.split(",")) if _VISIBLE else len(shown.splitlines())
+    sides = given.get("sides", "mbfn,plain").split(",")
     names = given.get("rows", "").split(",") if given.get("rows") else [row.name for row in ROWS if row.gpus == gpus]
     tag = given.get("tag", "")
     found = [row_of(name) for name in names]
