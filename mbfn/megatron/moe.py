@@ -29,6 +29,7 @@ from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.table import Impl
 from mbfn.megatron.device import attributes
 from mbfn.megatron.experts import Duplicated, biased_experts
+from mbfn.megatron.grouped import LocalTokens, capability, obstacle, own_experts
 
 
 def moe_settings(model: ModelConfig, parallel: ParallelConfig, *, impl: Impl, cpu: bool) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def moe_builder(builder: functools.partial, moe: MoEConfig) -> functools.partial
 
 
 class Experts(MoELayer):
-    """Megatron's layer, whose tokens can also travel over gloo."""
+    """Megatron's layer, whose tokens can also travel over gloo, or stay without the host knowing how many go where."""
 
     def __init__(
         self,
@@ -96,10 +97,14 @@ class Experts(MoELayer):
         **more: Any,
     ) -> None:
         local = {"HAVE_TE": True, "TELinear": Duplicated} if config.transformer_impl == "local" else {}
+        own = own_experts(submodules.experts) if obstacle(config, capability()) is None else None
         with attributes(moe_layer, local):
-            super().__init__(config, submodules, layer_number, pg_collection, **more)
-        if config.use_cpu_initialization and config.moe_token_dispatcher_type == "alltoall":
-            self.token_dispatcher = GlooAllToAll(
+            super().__init__(
+                config, replace(submodules, experts=own or submodules.experts), layer_number, pg_collection, **more
+            )
+        gloo = config.use_cpu_initialization and config.moe_token_dispatcher_type == "alltoall"
+        if own or gloo:
+            self.token_dispatcher = (LocalTokens if own else GlooAllToAll)(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
             )
             if self.use_shared_expert and self.shared_expert_overlap:

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mbfn.config.recipes import resolved_precision
 from mbfn.config.run import RunConfig
 from mbfn.megatron.adam import updates_in_one_pass
+from mbfn.megatron.grouped import own_products
 from mbfn.megatron.optimizer import Models
 from mbfn.megatron.scans import choose_scans
 from mbfn.megatron.world import World
@@ -41,7 +42,7 @@ def choices(run: RunConfig, world: World, models: Models) -> tuple[Choice, ...]:
             _formats(run, world),
             _kernels(run, models),
             _scans(run, world, models.config),
-            _experts(models.config),
+            _experts(models),
             _optimizer(run, models),
         )
         for name, value, reason in part
@@ -124,12 +125,14 @@ def _scans(run: RunConfig, world: World, config: TransformerConfig) -> Iterator[
             yield "layers with a state", scans.name, why
 
 
-def _experts(config: TransformerConfig) -> Iterator[tuple[str, str, str]]:
+def _experts(models: Models) -> Iterator[tuple[str, str, str]]:
+    config = models.config
     if config.num_moe_experts is None:
         return
     grouped, fused = bool(config.moe_grouped_gemm), bool(config.moe_router_fusion)
-    why = "Transformer Engine's; one kernel for all experts in 16 bits on Hopper" if grouped else _NO_TE
-    yield "experts", "grouped products" if grouped else "one by one", why
+    own, why = own_products(config, models.chunks)
+    why = why if grouped else _NO_TE
+    yield "experts", ("own " if own else "") + "grouped products" if grouped else "one by one", why
     yield "dispatcher", config.moe_token_dispatcher_type, "parallel.moe_token_dispatcher_type"
     yield "router", "fused" if fused else "plain", "fusion.moe_router_fusion"
 
