@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,40 +29,59 @@ def updates_in_one_pass(run: RunConfig, impl: Impl) -> bool:
     )
 
 
+def gather_update(optimizer: MegatronOptimizer) -> None:
+    """Find the tensors of the next update, which the host can do while the device is still busy with gradients."""
+    for part in _own(optimizer):
+        part.gather()
+
+
 def clip_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     """Have the next update of the parts that clip gradients themselves do so, given the norm of the whole gradient."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        clip = getattr(part.optimizer, "clip_to", None)
-        if clip is not None:
-            clip(grad_norm)
+    for part in _own(optimizer):
+        part.clip_to(grad_norm)
+
+
+def _own(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return (part.optimizer for part in parts if hasattr(part.optimizer, "clip_to"))
 
 
 def one_pass_adam(max_norm: float) -> type:
     """Transformer Engine's Adam with the same states, whose gradients are clipped to `max_norm` while they are read."""
-    return type("OnePassAdam", (_base(),), {"max_norm": max_norm})
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    return type("OnePassAdam", (with_one_pass(FusedAdam),), {"max_norm": max_norm})
 
 
 @functools.cache
-def _base() -> type:
-    from transformer_engine.pytorch.optimizers import FusedAdam
-
+def with_one_pass(adam: type) -> type:
+    """`adam`, that holds weights and states as Transformer Engine's does, with an update by the kernel."""
     from mbfn.megatron.adam_kernel import Batch, Rates, Weight, adamw, batched
 
-    class OnePassAdam(FusedAdam):
+    class OnePassAdam(adam):
         max_norm: float
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings)
-            self.clip = 1.0
+            self.clip, self.gathered = 1.0, False
             self.batches: dict[int, tuple[Batch, ...]] = {}  # of each group, kept while tensors stay where they are
 
         def clip_to(self, grad_norm: float) -> None:
             """Scale the gradients of the next step as Megatron would have."""
             self.clip = min(1.0, self.max_norm / (grad_norm + 1e-6))
 
+        def gather(self) -> None:
+            """Find the tensors of the next step: every weight with a gradient."""
+            for number, group in enumerate(self.param_groups):
+                weights = [found for param in group["params"] if (found := self.weight(param)) is not None]
+                self.batches[number] = batched(weights, self.batches.get(number, ()))
+            self.gathered = True
+
         @torch.no_grad()
         def step(self, closure: None = None, grad_scaler: None = None) -> None:
-            """One update of every weight with a gradient."""
+            """One update of them."""
+            if not self.gathered:
+                self.gather()
             for number, group in enumerate(self.param_groups):
                 group["step"] = group.get("step", 0) + 1  # of an empty group too: ranks agree on it
                 beta1, beta2 = group["betas"]
@@ -74,11 +94,9 @@ def _base() -> type:
                     step=group["step"],
                     clip=self.clip,
                 )
-                weights = [found for param in group["params"] if (found := self.weight(param)) is not None]
-                self.batches[number] = batched(weights, self.batches.get(number, ()))
                 for batch in self.batches[number]:
                     adamw(batch, rates)
-            self.clip = 1.0
+            self.clip, self.gathered = 1.0, False
 
         def weight(self, param: torch.nn.Parameter) -> Weight | None:
             """A weight with its gradient and states; an fp32 one is its own master."""

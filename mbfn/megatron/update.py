@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from mbfn.megatron.adam import clip_update
+from mbfn.megatron.adam import clip_update, gather_update
 from mbfn.megatron.device import attributes
 
 Judge = Callable[[float, float | None], str]  # loss, gradient norm once it is known -> the fault; empty: none
@@ -42,7 +42,9 @@ def update(optimizer: MegatronOptimizer, loss: float, judge: Judge) -> Update:
     measure, apply = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
     def get_grad_norm() -> float:
-        norms.append(float(measure()))
+        found = measure()
+        gather_update(optimizer)
+        norms.append(float(found))  # waits for the device
         return norms[-1]
 
     def step_with_ready_grads() -> bool:

@@ -18,7 +18,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|gloo|all_reduce|all_gather|reduce_scatter|^c10d::|sendrecv"),
     ("attention", r"sdpa|fmha|flash|scaled_dot_product|fused_attn|_attention"),
     ("optimizer", r"multi_tensor|adam|l2norm|foreach"),
-    ("gemm", r"cutlass"),  # whose names tell of transposes too
+    ("gemm", r"cutlass|^_product|^_add_gradient"),  # names that tell of transposes too, and those of all experts
     ("cast", r"cast|transpose|amax|quantiz|_to_fp8|compute_scale|scale_inv|block_scaled|nvfp4|mxfp8|aten::_to_copy"),
     ("gemm", r"gemm|nvjet|xmma|cublas|splitk|aten::(mm|addmm|bmm|linear|matmul|_scaled_mm)\b"),
     ("loss", r"softmax|cross_entropy|log_softmax|nll_loss"),

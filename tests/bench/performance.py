@@ -1,7 +1,7 @@
 """Put measured rows into docs/performance.md: `python tests/bench/performance.py FILE.jsonl ...`.
 
 The files are what gpu.py, precisions.py and `bench=true` with `init.hf` leave; later ones win. Each table stands
-between `<!-- rows: NAME -->` and `<!-- end -->` and is written anew where the files have something for it.
+between `<!-- rows: NAME -->` and `<!-- end -->`; rows that the files have nothing for stay as they are.
 """
 
 from __future__ import annotations
@@ -93,14 +93,31 @@ def _when(record: Record) -> str:
     return f"{record['date'][:10]}, {(record['commit'] or '-')[:7]}"
 
 
+def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """The rows of two tables, the new one's where both have one of a name; columns of either."""
+    found: dict[str, dict[str, str]] = {}
+    columns = dict.fromkeys(name for table in (new, old) for name in _cells(table[0]))
+    for table in (old, new):
+        for line in table[2:]:
+            row = dict(zip(_cells(table[0]), _cells(line), strict=True))
+            found[row[next(iter(columns))]] = row
+    yielded = [f"| {' | '.join(row.get(name, '-') for name in columns)} |" for row in found.values()]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *yielded]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 def main() -> None:
     records = [json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
     page = PAGE.read_text()
     for name, table in TABLES.items():
         lines = list(table(records))
         if len(lines) > 2:
-            before, _, rest = page.partition(f"<!-- rows: {name} -->\n")
-            page = before + f"<!-- rows: {name} -->\n" + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->") :]
+            before, mark, rest = page.partition(f"<!-- rows: {name} -->\n")
+            stood, end, after = rest.partition("<!-- end -->")
+            page = before + mark + "\n".join(merged(stood.splitlines(), lines)) + "\n" + end + after
     PAGE.write_text(page)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbfn.megatron.adam import with_one_pass
 from mbfn.megatron.adam_kernel import BLOCK, Rates, Weight, adamw, batched
 from mbfn.megatron.optimizer_state import join_master, master_remainder
 from mbfn.megatron.swiglu_kernel import swiglu_back, weighted_swiglu_back
@@ -50,6 +51,45 @@ def adam() -> None:
             _close(weight.exp_avg, first.to(weight.exp_avg.dtype), 1e-6 if weight.exp_avg.dtype == _FP32 else 8e-3)
             _close(weight.exp_avg_sq, second, 1e-6 if weight.exp_avg_sq.dtype == _FP32 else 8e-3)
         masters = [_master(weight).clone() for weight in weights]
+
+
+class Holder(torch.optim.Optimizer):
+    """What Transformer Engine's Adam is beside its update: fp32 weights and states, gradients apart."""
+
+    use_decoupled_grad, store_param_remainders = True, False
+
+    def initialize_state(self, param: Tensor, remainders: bool) -> None:
+        assert not remainders
+        self.state[param].update({name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")})
+
+
+def optimizer() -> None:
+    """Clipped steps of two groups beside torch's AdamW; one weight has no gradient at first, one group none at all."""
+    adam = type("Adam", (with_one_pass(Holder),), {"max_norm": 0.5})
+    start = [torch.randn(size) for size in (40, 3 * BLOCK, 16, 5)]
+    own, other = ([torch.nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
+    rates = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    decays = ((0.1, [0, 1]), (0.0, [2]), (0.2, [3]))
+    ours = adam([{"params": [own[i] for i in held], "weight_decay": decay} for decay, held in decays], rates)
+    theirs = torch.optim.AdamW(
+        [{"params": [other[i] for i in held], "weight_decay": decay} for decay, held in decays], **rates
+    )
+    for step in range(3):
+        for i, size in enumerate((40, 3 * BLOCK, 16)):
+            grad = None if i == 0 and step == 0 else torch.randn(size) * 10.0**-step
+            own[i].decoupled_grad, other[i].grad = grad, None if grad is None else grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(other, 0.5)
+        if step != 1:
+            ours.gather()  # the device may still be busy then
+        ours.clip_to(float(norm))
+        ours.step()
+        theirs.step()
+        if step == 0:
+            # Transformer Engine counts the updates of a group, torch those of a weight.
+            theirs.state[other[0]].update(step=torch.tensor(1.0), exp_avg=torch.zeros(40), exp_avg_sq=torch.zeros(40))
+    for mine, wanted in zip(own, other, strict=True):
+        _close(mine.detach(), wanted.detach(), 1e-5)
+    assert [group["step"] for group in ours.param_groups] == [3, 3, 3]
 
 
 def swiglu() -> None:
@@ -115,5 +155,5 @@ def _close(found: Tensor, wanted: Tensor | None, bound: float) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"adam": adam, "swiglu": swiglu}[sys.argv[1]]()
+    {"adam": adam, "optimizer": optimizer, "swiglu": swiglu}[sys.argv[1]]()
     print("passed", sys.argv[1])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +11,6 @@ import torch
 import torch.nn.functional as F
 import triton
 from megatron.core.activations import squared_relu
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
@@ -26,6 +20,7 @@ from mbfn.megatron.grouped import obstacle
 from mbfn.megatron.settings import core_config
 from tests.megatron.mixtures import mixture
 from tests.megatron.tiny import config_of
+from tests.megatron.triton_kernels import check_interpreted, compiled
 
 HOPPER = (9, 0)
 _BF16 = triton.language.bfloat16
@@ -33,12 +28,7 @@ _BF16 = triton.language.bfloat16
 
 @pytest.mark.parametrize("name", ["kernels", "experts"])
 def test_values_are_those_of_plain_torch_and_of_megatron(name: str) -> None:
-    command = [sys.executable, "-m", "tests.megatron.grouped_values", name]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
-    root = Path(__file__).parents[2]
-    made = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert made.stdout.strip() == f"passed {name}"
+    check_interpreted("tests.megatron.grouped_values", name)
 
 
 @pytest.mark.parametrize("inner_last", [True, False])
@@ -81,11 +71,7 @@ def test_gradients_load_all_they_multiply_ahead_by_16_bytes() -> None:
 
 
 def _check_loads(kernel: Any, pointers: dict, constants: dict, tile: grouped_kernel.Tile) -> None:
-    signature = pointers | dict.fromkeys(constants, "constexpr")
-    attributes = {(at,): [["tt.divisibility", 16]] for at in range(len(pointers))}
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = compiled(kernel, pointers, constants, warps=tile.warps, stages=tile.stages)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", made.asm["ptx"])
     elements = (tile.rows + tile.cols) * tile.inner
     assert len(copies) == elements * 2 // 16 // (32 * tile.warps) * tile.stages

@@ -79,6 +79,10 @@ def test_kinds_and_gaps_of_a_step_add_up() -> None:
     both = split([*spans, Span(name="ncclDevKernel_AllGather", start=3.0, end=5.0)], 10.0)
     assert both.kinds["communication"] == 2.0
     assert both.kinds[GAPS] == 1.5  # what runs beside other work fills only the gap
+    own = [Span(name=name, start=at, end=at + 1) for at, name in enumerate(("_product", "_add_gradient", "_adamw"))]
+    assert split([*own, Span(name="_swiglu_back", start=3, end=4)], 4.0).kinds == {
+        "gemm": 2.0, "optimizer": 1.0, "activation": 1.0, GAPS: 0.0,
+    }  # fmt: skip
 
 
 @settings(max_examples=20, deadline=None)
