@@ -7,70 +7,18 @@ Transformer Engine then splits tensors and starts products by those numbers. Her
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mbfn.megatron.grouped_kernel import Groups, Table, add_gradient, grouped, product, table_of
-
-Capability = tuple[int, int]
-_HOPPER: Capability = (9, 0)
-_EXPERTS = 512  # that one program of the map looks through
-_OFFLOADED = {"expert_fc1", "moe_act", "fused_group_mlp"}
-
-
-def obstacle(config: TransformerConfig, capability: Capability | None) -> str | None:
-    """What of the config or the GPU leaves the experts to Megatron and Transformer Engine; None where nothing does."""
-    sizes = (config.moe_latent_size or config.hidden_size, config.moe_ffn_hidden_size or 0)
-    plain = config.gated_linear_unit and config.activation_func is F.silu and config.bias_activation_fusion
-    found = {
-        "measured on Hopper alone": capability != _HOPPER,
-        "no grouped products": not config.moe_grouped_gemm,
-        "experts on several ranks": (config.expert_model_parallel_size, config.expert_tensor_parallel_size) != (1, 1),
-        "a dispatcher other than alltoall": config.moe_token_dispatcher_type != "alltoall",
-        "not in 16 bits": config.params_dtype not in (torch.bfloat16, torch.float16),
-        "FP8 or FP4": bool(config.fp8 or config.fp4 or config.quant_recipe),
-        "gradients apart from their buffer": not config.gradient_accumulation_fusion,
-        "biases": bool(config.add_bias_linear),
-        "an activation other than SwiGLU": not plain or config.use_te_activation_func,
-        "gates between values": config.moe_mlp_glu_interleave_size is not None,
-        "weights before the products": config.moe_apply_probs_on_input,
-        "dropped or padded tokens": config.moe_expert_capacity_factor is not None
-        or config.moe_router_padding_for_quantization,
-        "CUDA graphs": config.cuda_graph_impl != "none",
-        "delayed gradients": config.delay_wgrad_compute
-        or config.overlap_dispatch_backward_with_experts_wgrad
-        or config.overlap_moe_expert_parallel_comm,
-        "activations on the CPU": config.cpu_offloading
-        or (config.fine_grained_activation_offloading and bool(_OFFLOADED & set(config.offload_modules or ()))),
-        "other modules of Transformer Engine": config.use_transformer_engine_op_fuser
-        or config.moe_single_grouped_weight
-        or config.moe_paged_stash,
-        "too many experts": (config.num_moe_experts or 0) > _EXPERTS,
-        "uneven sizes": any(size % 16 for size in sizes),
-    }
-    return next((name for name, stands in found.items() if stands), None)
-
-
-def capability() -> Capability | None:
-    """Of the GPU here."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
-def own_products(config: TransformerConfig, chunks: Iterable[nn.Module]) -> tuple[bool, str]:
-    """Whether experts of the built models have the products of this module, and why."""
-    if any(isinstance(module, OwnExperts) for chunk in chunks for module in chunk.modules()):
-        return True, "Triton kernels for all experts of a rank; their tokens are counted on the device alone"
-    return False, f"Transformer Engine's: {obstacle(config, capability()) or 'adapted or biased linears'}"
 
 
 def own_experts(builder: functools.partial) -> functools.partial | None:
@@ -112,6 +60,8 @@ class LocalTokens(MoEAlltoAllTokenDispatcher):
 
 class OwnExperts(TEGroupedMLP):
     """Megatron's experts, whose linears take the map of rows in place of numbers on the host."""
+
+    own_products = True
 
     def forward(
         self,

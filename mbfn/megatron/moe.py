@@ -29,7 +29,7 @@ from mbfn.config.parallel import ParallelConfig
 from mbfn.convert.table import Impl
 from mbfn.megatron.device import attributes
 from mbfn.megatron.experts import Duplicated, biased_experts
-from mbfn.megatron.grouped import LocalTokens, capability, obstacle, own_experts
+from mbfn.megatron.own_products import capability, obstacle
 
 
 def moe_settings(model: ModelConfig, parallel: ParallelConfig, *, impl: Impl, cpu: bool) -> dict[str, Any]:
@@ -97,18 +97,29 @@ class Experts(MoELayer):
         **more: Any,
     ) -> None:
         local = {"HAVE_TE": True, "TELinear": Duplicated} if config.transformer_impl == "local" else {}
-        own = own_experts(submodules.experts) if obstacle(config, capability()) is None else None
+        experts, dispatcher = _parts(config, submodules.experts)
         with attributes(moe_layer, local):
-            super().__init__(
-                config, replace(submodules, experts=own or submodules.experts), layer_number, pg_collection, **more
-            )
-        gloo = config.use_cpu_initialization and config.moe_token_dispatcher_type == "alltoall"
-        if own or gloo:
-            self.token_dispatcher = (LocalTokens if own else GlooAllToAll)(
+            super().__init__(config, replace(submodules, experts=experts), layer_number, pg_collection, **more)
+        if dispatcher is not None:
+            self.token_dispatcher = dispatcher(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
             )
             if self.use_shared_expert and self.shared_expert_overlap:
                 self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+
+def _parts(
+    config: TransformerConfig, experts: functools.partial
+) -> tuple[functools.partial, type[MoEAlltoAllTokenDispatcher] | None]:
+    """Which builder of the experts, and which dispatcher in place of Megatron's."""
+    if obstacle(config, capability()) is None:
+        from mbfn.megatron.grouped import LocalTokens, own_experts
+
+        own = own_experts(experts)
+        if own is not None:
+            return own, LocalTokens
+    gloo = config.use_cpu_initialization and config.moe_token_dispatcher_type == "alltoall"
+    return experts, GlooAllToAll if gloo else None
 
 
 class GlooAllToAll(MoEAlltoAllTokenDispatcher):

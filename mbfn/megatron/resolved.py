@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mbfn.config.recipes import resolved_precision
 from mbfn.config.run import RunConfig
 from mbfn.megatron.adam import updates_in_one_pass
-from mbfn.megatron.grouped import own_products
 from mbfn.megatron.optimizer import Models
+from mbfn.megatron.own_products import told
 from mbfn.megatron.scans import choose_scans
 from mbfn.megatron.world import World
 
@@ -130,7 +130,7 @@ def _experts(models: Models) -> Iterator[tuple[str, str, str]]:
     if config.num_moe_experts is None:
         return
     grouped, fused = bool(config.moe_grouped_gemm), bool(config.moe_router_fusion)
-    own, why = own_products(config, models.chunks)
+    own, why = told(config, models.chunks)
     why = why if grouped else _NO_TE
     yield "experts", ("own " if own else "") + "grouped products" if grouped else "one by one", why
     yield "dispatcher", config.moe_token_dispatcher_type, "parallel.moe_token_dispatcher_type"

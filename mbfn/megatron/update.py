@@ -39,12 +39,16 @@ def update(optimizer: MegatronOptimizer, loss: float, judge: Judge) -> Update:
         return Update(done=False, grad_norm=math.nan, fault=fault)
     norms: list[float] = []
     faults: list[str] = []
-    measure, apply = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    measure, clip, apply = optimizer.get_grad_norm, optimizer.clip_grad_norm, optimizer.step_with_ready_grads
 
     def get_grad_norm() -> float:
         found = measure()
         gather_update(optimizer)
         norms.append(float(found))  # waits for the device
+        return norms[-1]
+
+    def clip_grad_norm(max_norm: float) -> float:  # what one optimizer calls in place of the above, a chain of them not
+        norms.append(float(clip(max_norm)))
         return norms[-1]
 
     def step_with_ready_grads() -> bool:
@@ -55,7 +59,11 @@ def update(optimizer: MegatronOptimizer, loss: float, judge: Judge) -> Update:
         clip_update(optimizer, norm)
         return apply()
 
-    gates: dict[str, Any] = {"get_grad_norm": get_grad_norm, "step_with_ready_grads": step_with_ready_grads}
+    gates: dict[str, Any] = {
+        "get_grad_norm": get_grad_norm,
+        "clip_grad_norm": clip_grad_norm,
+        "step_with_ready_grads": step_with_ready_grads,
+    }
     with attributes(optimizer, gates):
         done, *_ = optimizer.step()
     return Update(done=done, grad_norm=norms[-1] if norms else math.nan, fault=faults[-1] if faults else "")

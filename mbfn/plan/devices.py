@@ -36,7 +36,8 @@ class Shares:
     """What training reaches of a device's published peaks."""
 
     gemm: Mapping[Fp8Recipe, float]  # of forward and backward products; "none" of the bf16 peak, others of the FP8 one
-    grouped: float = 0.4  # of the same, for the experts' grouped products; assumed, not measured
+    grouped: float = 0.70  # of the same: products of a rank's experts in one kernel, forward and backward
+    grouped_apart: float = 0.49  # where each expert has products of its own: in FP8, or widths that 128 does not divide
     attention: float = 0.44  # of the bf16 peak, forward and backward, head dim 128 and more
     attention_narrow: float = 0.355  # the same with a head dim of 64
     passes: float = 8.0  # times that kept activations go through memory in a step, bf16

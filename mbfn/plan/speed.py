@@ -145,7 +145,7 @@ def _layer(run: RunConfig, device: Device, flops: Flops, kept: float) -> Parts:
     bf16 = _bf16_rate(run, device)
     rate = peak_rate(run, device) * SHARES.gemm[run.precision.fp8] if fp8 else bf16 * SHARES.gemm["none"]
     narrow = run.model.kv_channels < 128
-    products = (flops.layers + flops.experts / SHARES.grouped) * tokens * (3 - frozen + again) / 3
+    products = (flops.layers + flops.experts / _grouped(run)) * tokens * (3 - frozen + again) / 3
     passes = (SHARES.passes_fp8 if fp8 else SHARES.passes) * (3 + again) / 3
     return Parts(
         gemm=products / rate,
@@ -156,6 +156,14 @@ def _layer(run: RunConfig, device: Device, flops: Flops, kept: float) -> Parts:
         / (bf16 * (SHARES.attention_narrow if narrow else SHARES.attention)),
         memory=passes * kept / device.memory_bandwidth,
     )
+
+
+def _grouped(run: RunConfig) -> float:
+    """What experts' products reach of the rate of one large product."""
+    moe = run.model.moe
+    widths = (run.model.hidden_size, moe.moe_ffn_hidden_size // run.parallel.etp) if moe else ()
+    apart = run.precision.quantized or any(width % 128 for width in widths)
+    return SHARES.grouped_apart if apart else SHARES.grouped
 
 
 def _output_gemm(run: RunConfig, device: Device) -> float:

@@ -16,7 +16,7 @@ from mbfn.config.model import ModelConfig
 from mbfn.config.parallel import ParallelConfig
 from mbfn.config.precision import PrecisionConfig
 from mbfn.megatron import grouped_kernel
-from mbfn.megatron.grouped import obstacle
+from mbfn.megatron.own_products import obstacle
 from mbfn.megatron.settings import core_config
 from tests.megatron.mixtures import mixture
 from tests.megatron.tiny import config_of

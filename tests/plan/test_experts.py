@@ -22,7 +22,7 @@ from mbfn.megatron import meta_states
 from mbfn.plan.comm import bandwidth, traffic
 from mbfn.plan.devices import DEVICES
 from mbfn.plan.flops import token_flops
-from mbfn.plan.memory import stage_memory
+from mbfn.plan.memory import GIB, stage_memory
 from mbfn.plan.search import search
 from mbfn.plan.speed import estimate
 from mbfn.plan.weights import stage_weights
@@ -125,6 +125,20 @@ def test_a_plan_of_one_dense_model_grows_with_what_its_layers_keep() -> None:
     assert held[0] - held[1] == gemma.num_layers * norms
     peaks = [stage_memory(_run(model, ParallelConfig()))[0].temporary for model in (gemma, plain)]
     assert peaks[0] >= peaks[1]  # a block of soft-capped scores
+
+
+def test_a_cut_mixture_is_planned_as_it_was_measured(qwen: ModelConfig) -> None:
+    """The row moe_bf16 of docs/performance.md: peak memory, and the milliseconds of its kernels on one H200."""
+    run = RunConfig(
+        model=replace(qwen, num_layers=8),
+        parallel=ParallelConfig(),
+        precision=PrecisionConfig(params="bf16", grads="bf16", exp_avg="bf16", exp_avg_sq="bf16"),
+        train=TrainConfig(seq_length=4096, micro_batch_size=2, global_batch_size=8),
+    )
+    assert stage_memory(run)[0].peak / GIB == pytest.approx(64.8, rel=0.02)
+    assert 1e3 * estimate(run, DEVICES["h200"]).step == pytest.approx(
+        486.9 - 84.2, rel=0.1
+    )  # its profile, less the gaps
 
 
 @pytest.mark.parametrize(
