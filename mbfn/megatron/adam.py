@@ -103,6 +103,7 @@ def with_one_pass(adam: type) -> type:
             grad = getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
             if grad is None:
                 return None
+            assert all(tensor.is_contiguous() for tensor in (param, grad))  # the kernel sees addresses alone
             state = self.state[param]
             if not state:
                 self.initialize_state(param, self.store_param_remainders and param.dtype == torch.bfloat16)
