@@ -27,14 +27,9 @@ def compiled(
     kernel: Any, arguments: Mapping[str, str], constants: Mapping[str, Any], *, warps: int, stages: int = 3
 ) -> Any:
     """What a kernel becomes for Hopper; its tensors, and integers marked as `i32 * 16`, are multiples of 16."""
-    kinds = {name: kind.removesuffix(" * 16") for name, kind in arguments.items()} | dict.fromkeys(
-        constants, "constexpr"
-    )
+    kinds = {name: kind.removesuffix(" * 16") for name, kind in arguments.items()}
+    kinds |= dict.fromkeys(constants, "constexpr")
     signature = {name: kinds[name] for name in kernel.arg_names}
-    even = [
-        at
-        for at, name in enumerate(signature)
-        if arguments.get(name, "").startswith("*") or "* 16" in arguments.get(name, "")
-    ]
+    even = [at for at, name in enumerate(signature) if "*" in arguments.get(name, "")]
     source = ASTSource(kernel, signature, dict(constants), {(at,): [["tt.divisibility", 16]] for at in even})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
