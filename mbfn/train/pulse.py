@@ -38,12 +38,14 @@ class Pulse:
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        self.first = 0  # update that was marked; 0: none yet
         self._marks = 0
         self._memory = _memory(path)
 
     def mark(self, step: int, phase: Phase) -> None:
         """Be at `phase` of update number `step`."""
         self._marks += 1
+        self.first = self.first or step
         _FORMAT.pack_into(self._memory, 0, step, _PHASES.index(phase), self._marks)
 
     @property

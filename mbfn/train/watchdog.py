@@ -121,7 +121,6 @@ class _Watcher:
         self._answered = 0.0  # when the store did last
         self._marks = _Since()
         self._neighbour = _Since()
-        self._first: int | None = None
         self._longest = 0.0
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -214,7 +213,6 @@ class _Watcher:
     def _own_stall(self) -> _Verdict | None:
         """The failure of the rank that this one waits for, where it has waited for too long."""
         place = self._watch.pulse.place
-        self._first = place.step if self._first is None and place.step else self._first
         before = self._marks.since
         stalled = self._marks.still(place.marks, self._clock)
         if stalled == 0.0 and self._past_first(place):
@@ -236,7 +234,8 @@ class _Watcher:
 
     def _past_first(self, place: Place) -> bool:
         """Whether the first step, which sets up much, is over."""
-        return self._first is not None and place.step > self._first + 1
+        first = self._watch.pulse.first
+        return bool(first) and place.step > first + 1
 
     def _limit(self, place: Place) -> float:
         """How long a rank may stay there."""
