@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from mbfn.config.run import RunConfig
 from mbfn.convert.table import Impl
+from mbfn.megatron.optimizer_state import parts_of
 
 
 def updates_in_one_pass(run: RunConfig, impl: Impl) -> bool:
@@ -19,7 +19,6 @@ def updates_in_one_pass(run: RunConfig, impl: Impl) -> bool:
     precision, optim = run.precision, run.optim
     return (
         impl == "te"
-        and importlib.util.find_spec("triton") is not None
         and optim.optimizer == "adamw"
         and not optim.optimizer_offload_fraction
         and run.parallel.sharding in ("none", "zero1")
@@ -42,8 +41,7 @@ def clip_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def _own(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return (part.optimizer for part in parts if hasattr(part.optimizer, "clip_to"))
+    return (part.optimizer for part in parts_of(optimizer) if hasattr(part.optimizer, "clip_to"))
 
 
 def one_pass_adam(max_norm: float) -> type:

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mbfn.megatron.table_kernel import ALIGNED, FORMATS, pointer_at
+
 Master = Literal["none", "remainder", "fp32"]
 type Sort = tuple[tuple[torch.dtype, ...], Master, bool]  # formats, master, whether aligned
 BLOCK, WARPS = 1024, 4  # 4.1 TB/s on an H200, where a copy takes 4.3; 2048 elements by 4 warps 3.6
 _COLUMNS = 6  # of a row of the table: weight, gradient, moments, master: addresses; elements
-_ALIGNED = 16  # bytes that one load takes
-_FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def batched(weights: Sequence[Weight], known: Sequence[Batch] = ()) -> tuple[Bat
     for weight in weights:
         row = weight.row
         if row[-1]:
-            aligned = all(number % _ALIGNED == 0 for number in row)
+            aligned = all(number % ALIGNED == 0 for number in row)
             key: Sort = (weight.formats, weight.kind, aligned)
             sorted_by.setdefault(key, []).append(row)
             devices[key] = weight.weight.device
@@ -119,7 +119,7 @@ def adamw(batch: Batch, rates: Rates) -> None:
         rates.weight_decay,
         1 - rates.beta1**rates.step,
         1 - rates.beta2**rates.step,
-        *(_FORMATS[dtype] for dtype in batch.formats),
+        *(FORMATS[dtype] for dtype in batch.formats),
         batch.master,
         batch.aligned,
         BLOCK,
@@ -156,20 +156,20 @@ def _adamw(
         size = tl.multiple_of(size, 16)
     at = tl.load(blocks + 2 * number + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    weights = _addresses(row, WEIGHT, at, ALIGNED)
-    grads = _addresses(row + 1, GRAD, at, ALIGNED)
-    firsts = _addresses(row + 2, EXP_AVG, at, ALIGNED)
-    seconds = _addresses(row + 3, EXP_AVG_SQ, at, ALIGNED)
+    weights = pointer_at(row, WEIGHT, ALIGNED) + at
+    grads = pointer_at(row + 1, GRAD, ALIGNED) + at
+    firsts = pointer_at(row + 2, EXP_AVG, ALIGNED) + at
+    seconds = pointer_at(row + 3, EXP_AVG_SQ, ALIGNED) + at
     g = tl.load(grads, inside).to(tl.float32) * clip
     m = tl.load(firsts, inside).to(tl.float32)
     v = tl.load(seconds, inside).to(tl.float32)
     if MASTER == "remainder":
-        remainders = _addresses(row + 4, tl.int16, at, ALIGNED)
+        remainders = pointer_at(row + 4, tl.int16, ALIGNED) + at
         high = tl.load(weights, inside).to(tl.int16, bitcast=True).to(tl.int32)
         bits = (high << 16) + tl.load(remainders, inside).to(tl.int32)
         p = bits.to(tl.float32, bitcast=True)
     elif MASTER == "fp32":
-        masters = _addresses(row + 4, tl.float32, at, ALIGNED)
+        masters = pointer_at(row + 4, tl.float32, ALIGNED) + at
         p = tl.load(masters, inside)
     else:
         p = tl.load(weights, inside).to(tl.float32)
@@ -189,11 +189,3 @@ def _adamw(
         if MASTER == "fp32":
             tl.store(masters, p, inside)
         tl.store(weights, p.to(WEIGHT), inside)
-
-
-@triton.jit
-def _addresses(entry, FORMAT: tl.constexpr, at, ALIGNED: tl.constexpr):
-    addresses = tl.load(entry).to(tl.pointer_type(FORMAT)) + at
-    if ALIGNED:
-        addresses = tl.multiple_of(addresses, 16)
-    return addresses

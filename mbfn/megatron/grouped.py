@@ -111,9 +111,9 @@ def with_own_product(linear: type) -> type:
             wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
             return not wanted or all(_has_buffer(weight) for weight in weights)
 
-        def matrices(self) -> Table:
+        def matrices(self, weights: Sequence[nn.Parameter]) -> Table:
             """Where the weights are now."""
-            self.weight_table = table_of(self.weights(), self.weight_table)
+            self.weight_table = table_of(weights, self.weight_table)
             return self.weight_table
 
         def gradients(self, weights: Sequence[nn.Parameter]) -> Table:
@@ -147,14 +147,14 @@ class _Product(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
         ctx.groups, ctx.linear = groups, linear
-        return product(x, linear.matrices(), groups, weights[0].size(0), transposed=False)
+        return product(x, linear.matrices(weights), groups, weights[0].size(0), transposed=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         dy, linear, dx, (x,) = grads[0].contiguous(), ctx.linear, None, ctx.saved_tensors
         weights = linear.weights()
         if ctx.needs_input_grad[0]:
-            dx = product(dy, linear.matrices(), ctx.groups, weights[0].size(1), transposed=True)
+            dx = product(dy, linear.matrices(weights), ctx.groups, weights[0].size(1), transposed=True)
         if x is None:
             return dx, None, None, *(None for _ in weights)
         add_gradient(dy, x, linear.gradients(weights), ctx.groups)

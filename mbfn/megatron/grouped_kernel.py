@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mbfn.megatron.table_kernel import ALIGNED, FORMATS, pointer_at
+
 ROWS = 128  # of a block of output; the map of blocks is one for all products
-_ALIGNED = 16  # bytes that one load takes
 _MAPPED = 32  # blocks that one program of the map finds
 _FIELDS = 3  # of a block: expert or -1, first row, end of the expert's rows
-_FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ def table_of(matrices: Sequence[Tensor], known: Table | None = None) -> Table:
     if known is not None and known.found == found and known.dtype == dtype:
         return known
     addresses = torch.tensor(found, dtype=torch.int64, device=matrices[0].device)
-    aligned = all(address % _ALIGNED == 0 for address in found)
+    aligned = all(address % ALIGNED == 0 for address in found)
     return Table(found=found, addresses=addresses, dtype=dtype, aligned=aligned)
 
 
@@ -105,7 +105,7 @@ def product(x: Tensor, weights: Table, groups: Groups, cols: int, *, transposed:
         x.size(1),
         not transposed,
         weights.aligned,
-        _FORMATS[weights.dtype],
+        FORMATS[weights.dtype],
         groups.block_rows,
         tile.cols,
         tile.inner,
@@ -131,7 +131,7 @@ def add_gradient(dy: Tensor, x: Tensor, grads: Table, groups: Groups, *, tile: T
         rows,
         cols,
         grads.aligned,
-        _FORMATS[grads.dtype],
+        FORMATS[grads.dtype],
         tile.rows,
         tile.cols,
         tile.inner,
@@ -191,15 +191,6 @@ def _place(number, down, ACROSS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _matrix(table, expert, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the expert's matrix starts. Said of the number in place of the pointer, the alignment would be lost."""
-    at = tl.load(table + expert).to(tl.pointer_type(FORMAT))
-    if ALIGNED:
-        at = tl.multiple_of(at, 16)
-    return at
-
-
-@triton.jit
 def _product(
     x,
     out,
@@ -233,7 +224,7 @@ def _product(
         end = tl.load(blocks + down * FIELDS + 2)
         col = across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         left = x + tl.minimum(row, end - 1).to(tl.int64)[:, None] * INNER + inner[None, :]
-        right = _matrix(weights, expert, WEIGHT, ALIGNED)
+        right = pointer_at(weights + expert, WEIGHT, ALIGNED)
         if INNER_LAST:
             right += col[None, :] * INNER + inner[:, None]
         else:
@@ -295,6 +286,6 @@ def _add_gradient(
             total = tl.dot(a, b, total)
             left += BLOCK_INNER * ROWS
             right += BLOCK_INNER * COLS
-        to = _matrix(grads, expert, GRAD, ALIGNED) + row[:, None] * COLS + col[None, :]
+        to = pointer_at(grads + expert, GRAD, ALIGNED) + row[:, None] * COLS + col[None, :]
         held = (row < ROWS)[:, None] & (col < COLS)[None, :] & (begin < end)
         tl.store(to, (tl.load(to, held, 0.0).to(tl.float32) + total).to(GRAD), held)

@@ -21,7 +21,7 @@ from mbfn.megatron.optimizer_boxes import box_methods
 
 def prime(optimizer: MegatronOptimizer) -> None:
     """Make states as the first step would: a checkpoint before that step, and loading one, need them."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         if type(part.optimizer).__name__ in ("SGD", "FusedSGD"):
             part.init_state_fn = _no_momentum  # Megatron has none for SGD, and calls it before it loads
             _no_momentum(part.optimizer)
@@ -48,7 +48,7 @@ def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Megatron collects garbage after gathering; here nothing is gathered, and it would take half a second.
         stack.enter_context(attributes(core_optimizer, {"gc": SimpleNamespace(collect=lambda: 0)}))
-        for part in _parts(optimizer):
+        for part in parts_of(optimizer):
             if is_cut(part):
                 stack.enter_context(attributes(part, cut_methods(part)))
             elif isinstance(part, DistributedOptimizer):
@@ -65,13 +65,13 @@ def exact_states(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 def load_optimizer(optimizer: MegatronOptimizer, state: Any) -> None:
     """Set an optimizer from what `dist_checkpointing.load` returned for it, so that the next step is the one it had."""
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     whole = _as_many(state, len(parts))
     for number, part in enumerate(parts):
         _with_step(whole if len(parts) == 1 else whole[number], part)
     with exact_states(optimizer):
         optimizer.load_state_dict(whole)
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         uncut = isinstance(part, DistributedOptimizer) and not is_cut(part)
         if uncut and isinstance(part.optimizer, torch.optim.AdamW):
             _own_steps(part.optimizer)
@@ -79,7 +79,7 @@ def load_optimizer(optimizer: MegatronOptimizer, state: Any) -> None:
 
 def before_update(optimizer: MegatronOptimizer, wait: Callable[[], None]) -> None:
     """Have the next update of each part call `wait` before it changes anything."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         waits = vars(part).get("waits_before_update")
         if waits is None:  # one hook for good: none may leave while an update calls them
             waits = part.waits_before_update = []
@@ -106,7 +106,8 @@ def master_remainder(master: Tensor) -> Tensor:
     return master.contiguous().view(torch.int32).to(torch.int16)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that it is made of, one where it is no chain."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
@@ -148,7 +149,7 @@ def _empty_state(part: DistributedOptimizer, step: float) -> Callable[[], dict[s
 
 def _step(optimizer: MegatronOptimizer) -> float:
     """Updates made so far: the same in every part that has parameters."""
-    states = (state for part in _parts(optimizer) for state in part.optimizer.state.values())
+    states = (state for part in parts_of(optimizer) for state in part.optimizer.state.values())
     return next((float(state["step"]) for state in states), 0.0)
 
 

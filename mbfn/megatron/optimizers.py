@@ -24,6 +24,7 @@ from mbfn.errors import ConfigError, LaunchError
 from mbfn.megatron.adam import one_pass_adam, updates_in_one_pass
 from mbfn.megatron.device import attributes
 from mbfn.megatron.model import LanguageModel
+from mbfn.megatron.optimizer_state import parts_of
 from mbfn.megatron.precision import optimizer_settings
 from mbfn.megatron.settings import DTYPES, cuts_states
 from mbfn.megatron.world import World
@@ -107,7 +108,7 @@ def set_rates(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -
 
 def loss_scale(optimizer: MegatronOptimizer) -> float | None:
     """What the next step's loss is multiplied by; none without loss scaling."""
-    scalers = [getattr(part, "grad_scaler", None) for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    scalers = [getattr(part, "grad_scaler", None) for part in parts_of(optimizer)]
     return next((float(scaler.scale) for scaler in scalers if scaler is not None), None)
 
 

@@ -1,8 +1,7 @@
-"""Where experts take the products of `mbfn.megatron.grouped`, which needs Triton: a pure choice, with its reason."""
+"""Where experts take the products of `mbfn.megatron.grouped`: a pure choice, with its reason."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 
 import torch
@@ -50,9 +49,8 @@ def obstacle(config: TransformerConfig, capability: Capability | None) -> str | 
 
 
 def capability() -> Capability | None:
-    """Of the GPU here; None without one, or without Triton."""
-    usable = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    return torch.cuda.get_device_capability() if usable else None
+    """Of the GPU here; None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def told(config: TransformerConfig, chunks: Iterable[nn.Module]) -> tuple[bool, str]:

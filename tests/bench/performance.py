@@ -101,8 +101,8 @@ def merged(old: Sequence[str], new: Sequence[str]) -> list[str]:
         for line in table[2:]:
             row = dict(zip(_cells(table[0]), _cells(line), strict=True))
             found[row[next(iter(columns))]] = row
-    yielded = [f"| {' | '.join(row.get(name, '-') for name in columns)} |" for row in found.values()]
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *yielded]
+    rows = [f"| {' | '.join(row.get(name, '-') for name in columns)} |" for row in found.values()]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]
 
 
 def _cells(line: str) -> list[str]:

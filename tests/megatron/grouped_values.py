@@ -26,6 +26,7 @@ from mbfn.megatron.settings import core_config
 from mbfn.megatron.specs import layer_submodules
 from tests.megatron.mixtures import mixture
 from tests.megatron.tiny import config_of
+from tests.megatron.triton_kernels import check_close, shifted
 
 _COUNTS = ([5, 0, 33, 16, 0, 1, 64, 0], [0, 0, 0], [7], [0, 15, 32])
 _FORMATS = (  # of tokens and weights, of gradient buffers; the interpreter multiplies no bf16
@@ -49,7 +50,7 @@ def _products(counts: list[int], sizes: tuple[int, int], loop: int, of: torch.dt
     groups = grouped(torch.tensor(counts), rows, block_rows=16)
     x, dy = torch.randn(rows, k).to(of), torch.randn(rows, n).to(of)
     weights = [torch.randn(n, k).to(of) for _ in counts]
-    grads = [_shifted(torch.randn(n, k).to(of_grads), 1 if loop else 0) for _ in counts]
+    grads = [shifted(torch.randn(n, k).to(of_grads), 1 if loop else 0) for _ in counts]
     before = [grad.clone() for grad in grads]
     table = table_of(weights)
     assert table_of(weights, table) is table, "weights that stayed where they were"
@@ -64,11 +65,6 @@ def _products(counts: list[int], sizes: tuple[int, int], loop: int, of: torch.dt
         _close(y_, x_.float() @ weight.T, of)
         _close(dx_, dy_.float() @ weight, of)
         _close(grads[expert], before[expert].float() + dy_.float().T @ x_.float(), of_grads)
-
-
-def _shifted(values: Tensor, by: int) -> Tensor:
-    """The same, off a multiple of 16 bytes."""
-    return torch.cat([values.flatten()[:by], values.flatten()])[by:].view_as(values)
 
 
 def experts() -> None:
@@ -154,12 +150,7 @@ class OneByOne(nn.Module):
 
 
 def _close(found: Tensor | None, wanted: Tensor | None, of: torch.dtype) -> None:
-    assert found is not None
-    assert wanted is not None
-    assert found.shape == wanted.shape
-    bound = 2e-5 if of == torch.float32 else 1e-2
-    off = (found.float() - wanted.float()).abs() / (wanted.float().abs() + 1)
-    assert off.numel() == 0 or off.max() < bound, f"off by {off.max()}, expected at most {bound}"
+    check_close(found, wanted, 2e-5 if of == torch.float32 else 1e-2, small=1.0)
 
 
 if __name__ == "__main__":

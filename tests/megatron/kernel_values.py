@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from mbfn.megatron.adam import with_one_pass
 from mbfn.megatron.adam_kernel import BLOCK, Rates, Weight, adamw, batched
 from mbfn.megatron.optimizer_state import join_master, master_remainder
 from mbfn.megatron.swiglu_kernel import swiglu_back, weighted_swiglu_back
+from tests.megatron.triton_kernels import check_close, shifted
 
 RATES = Rates(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3, clip=0.7)
 _BF16, _FP32 = torch.bfloat16, torch.float32
+_close = partial(check_close, small=0.1)
 _KINDS = (  # formats of weight, gradient, moments; how the master is kept
     (_BF16, _BF16, _BF16, _BF16, "remainder"),
     (_BF16, _FP32, _FP32, _FP32, "remainder"),
@@ -111,9 +114,6 @@ def _made(length: int, kind: tuple, shift: int) -> tuple[Weight, Tensor]:
     """A weight of random state that starts `shift` elements into its storage, and its fp32 master."""
     of_weight, of_grad, of_first, of_second, kept = kind
 
-    def placed(values: Tensor) -> Tensor:
-        return torch.cat([values[:shift], values])[shift:]
-
     master = torch.randn(length)
     remainder = master_remainder(master)
     weight = master.to(of_weight)
@@ -121,11 +121,11 @@ def _made(length: int, kind: tuple, shift: int) -> tuple[Weight, Tensor]:
         weight = ((master.view(torch.int32) - remainder.int()) >> 16).to(torch.int16).view(_BF16)
     masters = {"none": None, "remainder": remainder, "fp32": master.clone()}
     found = Weight(
-        weight=placed(weight),
-        grad=placed(torch.randn(length).to(of_grad)),
-        exp_avg=placed((torch.randn(length) * 0.1).to(of_first)),
-        exp_avg_sq=placed((torch.rand(length) * 0.1).to(of_second)),
-        master=None if masters[kept] is None else placed(masters[kept]),
+        weight=shifted(weight, shift),
+        grad=shifted(torch.randn(length).to(of_grad), shift),
+        exp_avg=shifted((torch.randn(length) * 0.1).to(of_first), shift),
+        exp_avg_sq=shifted((torch.rand(length) * 0.1).to(of_second), shift),
+        master=None if masters[kept] is None else shifted(masters[kept], shift),
     )
     return found, master
 
@@ -144,13 +144,6 @@ def _adamw(weight: Weight, master: Tensor, rates: Rates) -> tuple[Tensor, Tensor
     root = (second / (1 - rates.beta2**rates.step)).sqrt() + rates.eps
     change = first / (1 - rates.beta1**rates.step) / root + rates.weight_decay * master
     return master - rates.lr * change, first, second
-
-
-def _close(found: Tensor, wanted: Tensor | None, bound: float) -> None:
-    assert wanted is not None
-    assert found.shape == wanted.shape
-    off = (found.float() - wanted.float()).abs() / (wanted.float().abs() + 1e-1)
-    assert off.numel() == 0 or off.max() < bound, f"off by {off.max()}, expected at most {bound}"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ def test_values_are_those_of_plain_torch_and_of_megatron(name: str) -> None:
 
 @pytest.mark.parametrize("inner_last", [True, False])
 def test_products_load_all_they_multiply_ahead_by_16_bytes(inner_last: bool) -> None:
-    tile = grouped_kernel.PRODUCT
     constants = {
         "EXPERTS": 128,
         "COLS": 1536,
@@ -41,36 +40,27 @@ def test_products_load_all_they_multiply_ahead_by_16_bytes(inner_last: bool) -> 
         "INNER_LAST": inner_last,
         "ALIGNED": True,
         "WEIGHT": _BF16,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLS": tile.cols,
-        "BLOCK_INNER": tile.inner,
-        "GROUP": tile.group,
         "FIELDS": 3,
-        "LOOP": tile.loop > 0,
     }
     pointers = {"x": "*bf16", "out": "*bf16", "weights": "*i64", "offsets": "*i32", "blocks": "*i32"}
-    _check_loads(grouped_kernel._product, pointers, constants, tile)
+    _check_loads(grouped_kernel._product, pointers, constants, grouped_kernel.PRODUCT)
 
 
 def test_gradients_load_all_they_multiply_ahead_by_16_bytes() -> None:
-    tile = grouped_kernel.GRADIENT
     constants = {
         "EXPERTS": 128,
         "ROWS": 1536,
         "COLS": 2048,
         "ALIGNED": True,
         "GRAD": _BF16,
-        "LOOP": tile.loop > 0,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLS": tile.cols,
-        "BLOCK_INNER": tile.inner,
-        "GROUP": tile.group,
     }
     pointers = {"dy": "*bf16", "x": "*bf16", "grads": "*i64", "offsets": "*i32"}
-    _check_loads(grouped_kernel._add_gradient, pointers, constants, tile)
+    _check_loads(grouped_kernel._add_gradient, pointers, constants, grouped_kernel.GRADIENT)
 
 
 def _check_loads(kernel: Any, pointers: dict, constants: dict, tile: grouped_kernel.Tile) -> None:
+    constants |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLS": tile.cols, "BLOCK_INNER": tile.inner}
+    constants |= {"GROUP": tile.group, "LOOP": tile.loop > 0}
     made = compiled(kernel, pointers, constants, warps=tile.warps, stages=tile.stages)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", made.asm["ptx"])
     elements = (tile.rows + tile.cols) * tile.inner

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -21,6 +23,20 @@ def check_interpreted(module: str, name: str) -> None:
     made = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout.strip() == f"passed {name}"
+
+
+def check_close(found: Tensor | None, wanted: Tensor | None, bound: float, *, small: float) -> None:
+    """No element is further off than `bound` of its size, or of `small` where that is larger by far."""
+    assert found is not None
+    assert wanted is not None
+    assert found.shape == wanted.shape
+    off = (found.float() - wanted.float()).abs() / (wanted.float().abs() + small)
+    assert off.numel() == 0 or off.max() < bound, f"off by {off.max()}, expected at most {bound}"
+
+
+def shifted(values: Tensor, by: int) -> Tensor:
+    """The same, starting `by` elements into its storage."""
+    return torch.cat([values.flatten()[:by], values.flatten()])[by:].view_as(values)
 
 
 def compiled(
